@@ -1,0 +1,18 @@
+"""The one exception that means "the user can mend this": scripts print it as a single line and exit with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message names the field, the value and what is allowed."""
+
+
+def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
+    """An error for a name that is not among ``allowed``, with the nearest ones suggested."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(name, allowed, n=2, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UserError(f"unknown {kind} {name!r}{hint} Allowed: {', '.join(allowed)}")

@@ -1,0 +1,134 @@
+"""A preallocated key-value cache with one length per row.
+
+A forward writes its keys and values just past the committed length and attends to ``[0, length)`` plus the tokens it
+has just written. Only `BlockCache.commit` moves a length. So "do not store" is simply not committing, a rejected
+draft is overwritten by the next write, and nothing is ever concatenated or cropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class BlockCache:
+    """Keys and values ``[layers, B, H_kv, S, D]`` and lengths ``[B]`` (on the device, mirrored on the host).
+
+    The host mirror exists because every commit is decided on the host with known counts: reading a length never
+    waits for the device.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (layers, rows, kv_heads, slots, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
+        self.lengths = [0] * rows
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def commit(self, counts: Sequence[int], rows: Sequence[int] | None = None) -> None:
+        """Keep the first ``counts[i]`` of the tokens last written for ``rows[i]`` (default: every row)."""
+        rows = range(len(self.lengths)) if rows is None else rows
+        for row, count in zip(rows, counts, strict=True):
+            self.lengths[row] += count
+            if not 0 <= self.lengths[row] <= self.slots:
+                raise ValueError(f"row {row} would hold {self.lengths[row]} tokens; the cache has {self.slots} slots")
+        self._sync()
+
+    def reset(self, rows: Sequence[int]) -> None:
+        """Forget everything committed for ``rows``."""
+        for row in rows:
+            self.lengths[row] = 0
+        self._sync()
+
+    def _sync(self) -> None:
+        self.length.copy_(torch.tensor(self.lengths), non_blocking=True)
+
+    def window(
+        self, tokens: int, rows: Sequence[int] | None = None, *, offset: int = 0, width: int | None = None
+    ) -> Window:
+        """Where one forward over ``tokens`` tokens of ``rows`` writes and what it sees. See `Window`."""
+        return Window(self, tokens, rows, offset, width)
+
+
+class Window:
+    """One forward's place in the cache.
+
+    Row ``i`` writes at ``[length_i + offset, length_i + offset + tokens)`` and attends to ``[0, length_i)`` plus the local
+    slots ``[length_i, length_i + width)``; ``width`` is ``offset + tokens`` unless a sub-block decoder keeps its whole block visible.
+    """
+
+    def __init__(self, cache: BlockCache, tokens: int, rows: Sequence[int] | None, offset: int, width: int | None):
+        self.cache = cache
+        self.tokens = tokens
+        self.width = offset + tokens if width is None else width
+        everyone = rows is None or list(rows) == list(range(len(cache.lengths)))
+        lengths = cache.lengths if everyone else [cache.lengths[r] for r in rows]
+        device = cache.length.device
+        self.rows = None if everyone else torch.tensor(list(rows), device=device)
+        self.prefix = cache.length if everyone else cache.length[self.rows]
+        self.extent = max(lengths) + self.width
+        self.uniform = min(lengths) == max(lengths)
+        if self.extent > cache.slots:
+            raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
+        first = self.prefix + offset
+        self._slots = first[:, None] + torch.arange(tokens, device=device)
+        self._first = lengths[0] + offset if self.uniform and everyone else None
+        self._mask: tuple[Tensor | None, Tensor | None] | None = None
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[b, H_kv, T, D]`` for this layer; return all keys and values in reach, ``[b, H_kv, extent, D]``."""
+        store_k, store_v = self.cache.keys[layer], self.cache.values[layer]
+        if self._first is not None:
+            where = slice(self._first, self._first + self.tokens)
+            store_k[:, :, where], store_v[:, :, where] = keys, values
+        else:
+            rows = torch.arange(len(store_k), device=store_k.device) if self.rows is None else self.rows
+            store_k[rows[:, None], :, self._slots] = keys.transpose(1, 2)
+            store_v[rows[:, None], :, self._slots] = values.transpose(1, 2)
+        store_k, store_v = store_k[:, :, : self.extent], store_v[:, :, : self.extent]
+        return (store_k, store_v) if self.rows is None else (store_k[self.rows], store_v[self.rows])
+
+    def mask(self, local_mask: Tensor | None) -> Tensor | None:
+        """The mask over everything in reach, ``[b, 1, T, extent]``; None when every query sees every key.
+
+        ``local_mask`` is None, bool ``[T, W]`` or ``[b, T, W]``, or an additive float of those shapes (reference backend only).
+        Built once per forward and reused by every layer.
+        """
+        if self._mask is None or self._mask[0] is not local_mask:
+            self._mask = (local_mask, self._build_mask(local_mask))
+        return self._mask[1]
+
+    def _build_mask(self, local_mask: Tensor | None) -> Tensor | None:
+        if local_mask is None and self.uniform:
+            return None
+        column = torch.arange(self.extent, device=self.prefix.device) - self.prefix[:, None]  # [b, extent], 0 = first local
+        inside = (column >= 0) & (column < self.width)
+        if local_mask is None:
+            return ((column < 0) | inside)[:, None, None, :]
+        local = local_mask if local_mask.dim() == 3 else local_mask[None]
+        local = local.expand(len(column), -1, -1)
+        at = column.clamp(0, self.width - 1)[:, None, :].expand(-1, local.shape[1], -1)
+        local = local.gather(2, at)
+        if local.dtype == torch.bool:
+            return ((column < 0)[:, None, :] | (inside[:, None, :] & local))[:, None]
+        outside = torch.where(column < 0, 0.0, float("-inf")).to(local.dtype)
+        return torch.where(inside[:, None, :], local, outside[:, None, :])[:, None]

@@ -1,0 +1,222 @@
+"""Checkpoints in the Hugging Face layout, read with this repository's own classes: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from shared.errors import UserError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
+
+
+def checkpoint_folder(path_or_id: str | Path) -> Path:
+    """A local checkpoint folder; a hub id (``organisation/name``) is downloaded into the Hugging Face cache first."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {str(path_or_id)!r}: the folder has no config.json")
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model {name!r}: no such folder. Give a checkpoint folder or a hub id like JetLM/SDAR-8B-Chat")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"model {name!r}: not a folder here, and the hub did not give it ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{index}: not a readable safetensors index ({error})") from error
+        absent = [n for n in names if not (folder / n).is_file()]
+        if absent:
+            raise UserError(f"{folder}: the index lists shards that are not there: {', '.join(absent)}")
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise UserError(f"{folder}: no model.safetensors (other weight formats are not loaded; convert with safetensors)")
+
+
+def read_state_dict(
+    folder: Path, expected: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the checkpoint, checked by name and shape against ``expected`` before any of them is read."""
+    shards, shapes = _shards(folder), {}
+    try:
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        _check_names(folder, expected, shapes)
+        state = {}
+        for shard in shards:
+            with safe_open(shard, framework="pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118
+                    if key in expected:
+                        tensor = file.get_tensor(key)
+                        state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    except SafetensorError as error:
+        raise UserError(f"{folder}: a weight file is damaged ({error})") from error
+    return state
+
+
+def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]]) -> None:
+    def some(names: Iterable[str]) -> str:
+        names = sorted(names)
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    if missing := set(expected) - set(found):
+        raise UserError(f"{folder}: the checkpoint lacks {some(missing)}")
+    if extra := {k for k in set(found) - set(expected) if not k.endswith("inv_freq")}:
+        raise UserError(f"{folder}: the checkpoint has tensors this model does not know: {some(extra)}")
+    for key, shape in expected.items():
+        if tuple(shape) != found[key]:
+            raise UserError(f"{folder}: {key} is {list(found[key])}, the config asks for {list(shape)}")
+
+
+class CheckpointModel(nn.Module):
+    """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``."""
+
+    config_class: type
+    config: object
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+    ):
+        """Weights of ``path_or_id`` on ``device`` in eval mode. ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU)."""
+        folder = checkpoint_folder(path_or_id)
+        config = cls.config_class.from_pretrained(folder)
+        if config.model_type != json.loads((folder / "config.json").read_text()).get("model_type", config.model_type):
+            raise UserError(f"{folder}: config.json is not of model_type {config.model_type!r}")
+        dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
+        with torch.device("meta"):
+            model = cls(config)
+        tied = {k for k in model.state_dict() if k == "lm_head.weight" and config.tie_word_embeddings}
+        expected = {k: v.shape for k, v in model.state_dict().items() if k not in tied}
+        state = read_state_dict(folder, expected, dtype=dtype, device=device)
+        for key in tied:
+            state[key] = state["model.embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.torch_dtype = dtype or self.dtype
+        self.config.save_pretrained(folder)
+        tied = self.config.tie_word_embeddings
+        state = {
+            k: v.detach().to(dtype or v.dtype).contiguous().cpu()
+            for k, v in self.state_dict().items()
+            if not (tied and k == "lm_head.weight")
+        }
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU when there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is not one torch knows. Allowed: auto, cpu, cuda, cuda:N") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch sees no GPU. Allowed here: auto, cpu")
+    return resolved
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def resolve_dtype(
+    dtype: torch.dtype | str, checkpoint: torch.dtype | str | None, device: torch.device | str
+) -> torch.dtype:
+    """``auto``: the checkpoint's own dtype on a GPU, float32 on a CPU (faster there, and exact for bfloat16 weights)."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown. Allowed: auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return checkpoint if isinstance(checkpoint, torch.dtype) else _DTYPES.get(str(checkpoint), torch.bfloat16)
+
+
+def load_tokenizer(path_or_id: str | Path):
+    """The checkpoint's own tokenizer with its chat template (never remote code)."""
+    from transformers import AutoTokenizer
+
+    folder = checkpoint_folder(path_or_id)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no usable tokenizer ({str(error).strip().splitlines()[0][:200]})") from error
+
+
+def special_ids(
+    *,
+    vocab_size: int,
+    mask_id: int | None,
+    stop_ids: Iterable[int] | None,
+    config,
+    folder: Path | None = None,
+    tokenizer=None,
+    family_mask: int | None = None,
+    family_stop: Iterable[int] = (),
+) -> tuple[int, tuple[int, ...]]:
+    """``(mask id, stop ids)``, each from the first that names it: flag, config, tokenizer, family table.
+
+    The generation config's eos ids count as the config's. Every id is checked against the vocabulary.
+    """
+    for candidate in (mask_id, getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None), family_mask):
+        if candidate is not None:
+            mask_id = int(candidate)
+            break
+    else:
+        raise UserError("mask_id: neither the flag, the config nor the tokenizer names a mask token; give --mask_id")
+    if stop_ids is None:
+        generation = folder / "generation_config.json" if folder else None
+        listed = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.is_file() else None
+        for candidate in (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family_stop):
+            if candidate is not None:
+                stop_ids = candidate if isinstance(candidate, Iterable) else [candidate]
+                break
+    stop_ids = tuple(int(i) for i in stop_ids)
+    for field, value in [("mask_id", mask_id), *(("stopping_criteria_idx", i) for i in stop_ids)]:
+        if not 0 <= value < vocab_size:
+            raise UserError(f"{field} {value} is outside the vocabulary. Allowed: 0 to {vocab_size - 1}")
+    if mask_id in stop_ids:
+        raise UserError(f"mask_id {mask_id} is also a stop id")
+    return mask_id, stop_ids
