@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sdar.configuration_sdar import SDARConfig
 from shared.attention import attend
 from shared.kv_cache import BlockCache, Window
-from shared.loading import CheckpointModel
+from shared.loading import CheckpointModel, special_ids
 from shared.rotary import rotary_tables, rotate
 
 
@@ -106,6 +106,19 @@ class SDARForCausalLM(CheckpointModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def special_ids(self, mask_id: int | None = None, stop_ids=None, tokenizer=None) -> tuple[int, tuple[int, ...]]:
+        """``(mask id, stop ids)``: those given, else the checkpoint's, else the released family's; checked against the vocabulary."""
+        return special_ids(
+            vocab_size=self.config.vocab_size,
+            mask_id=mask_id,
+            stop_ids=stop_ids,
+            config=self.config,
+            folder=self.folder,
+            tokenizer=tokenizer,
+            family_mask=151669,
+            family_stop=(151645, 151643),
+        )
 
     def new_cache(self, rows: int, slots: int) -> BlockCache:
         """An empty cache for ``rows`` sequences of at most ``slots`` tokens, on the model's device and in its dtype."""

@@ -93,6 +93,7 @@ class CheckpointModel(nn.Module):
 
     config_class: type
     config: object
+    folder: Path | None = None  # where it was loaded from
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +125,7 @@ class CheckpointModel(nn.Module):
         for key in tied:
             state[key] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
+        model.folder = folder
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

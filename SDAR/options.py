@@ -1,0 +1,60 @@
+"""Decode options of the SDAR family and the settings of the papers, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.options import (
+    Acceptance,
+    Bandit,
+    Blocks,
+    Cache,
+    Estimation,
+    FlatOptions,
+    Routing,
+    Sampling,
+    Savings,
+    Unmask,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StandardOptions(FlatOptions):
+    """Plain block diffusion (`generate.py`)."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    blocks: Blocks = field(default_factory=Blocks)
+    unmask: Unmask = field(default_factory=Unmask)
+    savings: Savings = field(default_factory=Savings)
+
+
+@dataclass(frozen=True, slots=True)
+class Options(StandardOptions):
+    """S2D2, the model drafting for itself (`generate_ssd_policy.py`)."""
+
+    routing: Routing = field(default_factory=Routing)
+    bandit: Bandit = field(default_factory=Bandit)
+    estimation: Estimation = field(default_factory=Estimation)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    cache: Cache = field(default_factory=Cache)
+
+
+# Every switch that makes a decode repeat the published code, forwards included.
+PUBLISHED = {"suppress_mask": False, "round_to_blocks": True, "skip_last_commit": False}
+
+_PAPER = {
+    "remasking_strategy": "low_confidence_dynamic",
+    "confidence_threshold": 0.85,
+    "do_verify_policy": "score_threshold",
+    "do_verify_score_threshold": 0.0,
+    "do_verify_score_type": "difference_static",
+    "token_acceptance_estimator": "soft_entropy_negexp",
+    "cache_ver": True,
+    "draft_ver": True,
+}
+
+PRESETS = {
+    "published": PUBLISHED,
+    "paper-a": {**_PAPER, "block_length": 4, "denoising_steps": 4, "score_penalty_coef": 1.0},
+    "paper-b": {**_PAPER, "block_length": 16, "denoising_steps": 16, "score_penalty_coef": 0.0},
+}

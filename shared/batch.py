@@ -1,0 +1,213 @@
+"""The rows a block-diffusion decoder works on: canvas, blocks, trace and uniforms of every text in flight.
+
+Rows are independent: each has its own prompt length, block and step. A row that finishes is free for the next waiting prompt, so a long
+list of prompts keeps a batch full. Everything a step touches lives on the device; the host keeps only what it decides itself
+(block starts, step counts, forwards) and reads the device once per `Batch.write`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shared.draft import Choice, Draft, How
+from shared.output import Completion
+from shared.trace import Trace
+from shared.uniforms import Uniforms
+
+
+@dataclass
+class Row:
+    """What the host knows of one text in flight."""
+
+    request: int
+    prompt: list[int]
+    start: int  # first position of the current block
+    total: int  # positions up to the end of the last block
+    began: float
+    step: int = 0  # iterations spent in the current block
+    iterations: int = 0
+    forwards: Counter = field(default_factory=Counter)
+
+
+class Batch:
+    """``rows`` texts at a time out of ``prompts``. ``block_length`` L, ``steps`` S: see `shared.options.Blocks`."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        rows: int,
+        block_length: int,
+        steps: int,
+        max_new_tokens: int,
+        mask_id: int,
+        stop_ids: Sequence[int],
+        device: torch.device,
+        uniforms: Uniforms,
+    ):
+        self.block_length, self.steps, self.max_new_tokens = block_length, steps, max_new_tokens
+        self.mask_id, self.stop_ids, self.uniforms = mask_id, tuple(stop_ids), uniforms
+        self.waiting = deque(enumerate([list(p) for p in prompts]))
+        self.rows: list[Row | None] = [None] * rows
+        self.forwards: Counter = Counter()
+        self.capacity = max(self._total(len(p)) for p in prompts)
+        iterations = 2 * steps * (max_new_tokens // block_length + 2)
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
+        self.tokens = zeros(rows, self.capacity)
+        self.start = zeros(rows)
+        self.decoded = zeros(rows)
+        self.prompt_length = zeros(rows)
+        self.iteration = zeros(rows)
+        self.history = zeros(rows, 3, self.capacity)  # step_of, how_of, rank_of
+        self.confidence = torch.zeros(rows, self.capacity, device=device)
+        self.spans = zeros(rows, 2, iterations)  # verified_span, accepted
+        self._stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
+        self._place = torch.arange(block_length, device=device)
+
+    def _total(self, prompt_length: int) -> int:
+        return -(-(prompt_length + self.max_new_tokens) // self.block_length) * self.block_length
+
+    @property
+    def active(self) -> list[int]:
+        """Rows with a text in flight."""
+        return [i for i, row in enumerate(self.rows) if row is not None]
+
+    def admit(self) -> list[int]:
+        """Give free rows to waiting prompts; returns the rows filled. The caller prefills them."""
+        filled = []
+        for i, row in enumerate(self.rows):
+            if row is None and self.waiting:
+                self._place_request(i, *self.waiting.popleft())
+                filled.append(i)
+        return filled
+
+    def _place_request(self, i: int, request: int, prompt: list[int]) -> None:
+        length = len(prompt)
+        start = length // self.block_length * self.block_length
+        self.rows[i] = Row(request, prompt, start, self._total(length), time.perf_counter())
+        self.tokens[i] = self.mask_id
+        self.tokens[i, :length] = torch.tensor(prompt, dtype=torch.long).to(self.tokens.device)
+        self.start[i], self.prompt_length[i] = start, length
+        self.decoded[i], self.iteration[i], self.spans[i] = 0, 0, 0
+        self.history[i, 0], self.history[i, 1:] = -1, 0
+        self.history[i, 1, :length] = int(How.PROMPT)
+        self.uniforms.assign(i, request)
+
+    def index(self, rows: Sequence[int]) -> Tensor:
+        """``rows`` as a device tensor ``[b]``."""
+        return torch.tensor(list(rows), dtype=torch.long).to(self.tokens.device, non_blocking=True)
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """``[b, L]``: absolute positions of the current block of ``rows [b]``."""
+        return self.start[rows][:, None] + self._place
+
+    def block(self, rows: Tensor) -> Tensor:
+        """``[b, L]``: ids of the current block."""
+        return self.tokens[rows[:, None], self.positions(rows)]
+
+    def count(self, kind: str, rows: Sequence[int]) -> None:
+        """One forward of this kind over these rows."""
+        self.forwards[kind] += 1
+        for i in rows:
+            self.rows[i].forwards[kind] += 1
+
+    def quota(self, rows: Sequence[int], schedule: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``(tokens due [b], overtime [b])`` of this step. After the last step the schedule runs once more, in overtime."""
+        steps = [self.rows[i].step for i in rows]
+        due = [schedule[s % len(schedule)] for s in steps]
+        return self.index(due), self.index([s >= len(schedule) for s in steps]).bool()
+
+    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, verified: Tensor) -> list[tuple[int, bool]]:
+        """Write the step's choice into canvas and trace. Returns ``(row, saw a stop token)`` of rows whose block is now finished.
+
+        This is the step's one packed read. ``verified [b]``: rows whose span went through the verifier.
+        """
+        index, positions = draft.rows, self.positions(draft.rows)
+        take, at = choice.take, (draft.rows[:, None], positions)
+        block = torch.where(take, choice.tokens, draft.block)
+        self.tokens[at] = block
+        now = torch.stack([self.iteration[index][:, None].expand_as(choice.rank), choice.how, choice.rank], 1)
+        for k in range(3):
+            self.history[index[:, None], k, positions] = torch.where(
+                take, now[:, k], self.history[index[:, None], k, positions]
+            )
+        self.confidence[at] = torch.where(take, draft.confidence, self.confidence[at])
+        accepted = (choice.how == How.ACCEPTED).sum(-1)
+        self.spans[index, :, self.iteration[index]] = torch.stack([draft.span.sum(-1), accepted], 1) * verified[:, None]
+        self.iteration[index] += 1
+        self.decoded[index] += choice.count
+        left = (block == self.mask_id).sum(-1)
+        stop = (torch.isin(block, self._stops) & (positions >= self.prompt_length[index][:, None])).any(-1)
+        broken = ~torch.isfinite(draft.confidence).all(-1)
+        return self._settle(rows, torch.stack([left, stop.long(), broken.long()], 1).tolist())
+
+    def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[tuple[int, bool]]:
+        finished = []
+        for i, (left, stop, broken) in zip(rows, read, strict=True):
+            row = self.rows[i]
+            row.step += 1
+            row.iterations += 1
+            where = f"request {row.request}, block at position {row.start}, step {row.step}"
+            if broken:
+                raise FloatingPointError(f"{where}: the draft logits hold NaN or infinity")
+            if left == 0:
+                finished.append((i, bool(stop)))
+            elif row.step >= 2 * self.steps:
+                raise RuntimeError(f"{where}: {left} positions still masked after twice the {self.steps} denoising steps")
+        return finished
+
+    def ends(self, i: int, stop: bool) -> bool:
+        """Does the text of row ``i`` end with its current, finished block?"""
+        return stop or self.rows[i].start + self.block_length >= self.rows[i].total
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Move rows to their next block."""
+        for i in rows:
+            self.rows[i].start += self.block_length
+            self.rows[i].step = 0
+        index = self.index(rows)
+        self.start[index] += self.block_length
+        self.decoded[index] = 0
+
+    def new_tokens(self, i: int) -> list[int]:
+        """Generated ids of the current block of row ``i`` (a device read; for streaming)."""
+        row = self.rows[i]
+        first = max(row.start, len(row.prompt))
+        return self.tokens[i, first : row.start + self.block_length].tolist()
+
+    def retire(self, i: int, *, trim: bool, whole_blocks: bool, decode: Callable[[list[int]], str] | None) -> Completion:
+        """Take row ``i``'s finished text off the batch (one device read)."""
+        row, end = self.rows[i], self.rows[i].start + self.block_length
+        self.rows[i] = None
+        ids = self.tokens[i].tolist()
+        used = int(self.uniforms.cursor[i])
+        if used > self.uniforms.available(row.request):
+            raise RuntimeError(f"request {row.request} used {used} uniforms, only {self.uniforms.available(row.request)} exist")
+        length = len(row.prompt)
+        tokens = ids[length : row.total] if whole_blocks and not trim else ids[length:end]
+        if not whole_blocks:
+            tokens = tokens[: self.max_new_tokens]
+        if trim:
+            tokens = tokens[: next((k for k, t in enumerate(tokens) if t in self.stop_ids), len(tokens))]
+        step_of, how_of, rank_of = self.history[i, :, :end].tolist()
+        verified, accepted = self.spans[i, :, : row.iterations].tolist()
+        trace = Trace(
+            prompt_length=length,
+            block_length=self.block_length,
+            token_ids=ids[:end],
+            step_of=step_of,
+            how_of=how_of,
+            rank_of=rank_of,
+            confidence_of=self.confidence[i, :end].tolist(),
+            verified_span=verified,
+            accepted=accepted,
+            forwards=dict(row.forwards),
+        )
+        seconds = time.perf_counter() - row.began
+        return Completion(row.request, tokens, trace, seconds, used, decode(tokens) if decode else None)

@@ -1,0 +1,105 @@
+"""What one step proposes and what it decides: `Draft` and `Choice`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from shared.options import Sampling
+from shared.sampling import transform
+
+
+class How(IntEnum):
+    """How a position got its token."""
+
+    NONE = 0
+    PROMPT = 1
+    UNMASKED = 2  # by the unmasking rule: a plain step, or the fallback of a speculative one
+    ACCEPTED = 3  # a drafted token the verifier accepted
+    RESAMPLED = 4  # the verifier's own token at the first rejection
+    KEPT = 5  # the rejected draft itself (allow_resample off)
+    RATIO = 6  # a later draft whose acceptance ratio passed ssd_ratio_threshold
+    CONFIDENT = 7  # a draft above confidence_threshold (always_check_high_confidence)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One denoising pass over the current block of ``b`` rows, ``L`` positions each.
+
+    ``rows [b]``: their row in the batch. ``block [b, L]``: ids before the step. ``masked [b, L]``: still to be decided.
+    ``tokens, confidence [b, L]``: proposal and the probability the drafter gave it. ``logits [b, L, V]``. ``decoded [b]``: tokens
+    this block has gained in earlier steps.
+    """
+
+    rows: Tensor
+    block: Tensor
+    masked: Tensor
+    tokens: Tensor
+    confidence: Tensor
+    logits: Tensor
+    decoded: Tensor
+    sampling: Sampling
+
+    @cached_property
+    def first_masked(self) -> Tensor:
+        """``[b]``: in-block index of the first masked position."""
+        return self.masked.int().argmax(-1)
+
+    @cached_property
+    def span(self) -> Tensor:
+        """``[b, L]``: the first maximal run of masked positions."""
+        started = self.masked.int().cummax(-1).values.bool()
+        return self.masked & ~(started & ~self.masked).int().cummax(-1).values.bool()
+
+    @cached_property
+    def log_weights(self) -> Tensor:
+        """``[b, L, V]``: draft logits under the transform that verification and estimators use."""
+        return transform(self.logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
+
+    def select(self, index: Tensor) -> Draft:
+        """The draft of some of the rows; ``index`` into the rows of this draft."""
+        fields = ("rows", "block", "masked", "tokens", "confidence", "logits", "decoded")
+        return replace(self, **{f: getattr(self, f)[index] for f in fields})
+
+
+def rank_by(key: Tensor, take: Tensor) -> Tensor:
+    """``[b, L]``: place of each taken position when those are sorted by ``key`` ascending, the lower position first on ties."""
+    order = torch.where(take, key.double(), torch.inf).argsort(dim=-1, stable=True)
+    places = torch.arange(key.shape[-1], device=key.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+@dataclass
+class Choice:
+    """What a step writes: ``tokens [b, L]``, ``how [b, L]`` (0: nothing), ``rank [b, L]`` (order inside the step), ``count [b]``."""
+
+    tokens: Tensor
+    how: Tensor
+    rank: Tensor
+    count: Tensor
+
+    @classmethod
+    def none(cls, draft: Draft) -> Choice:
+        zero = torch.zeros_like(draft.tokens)
+        return cls(draft.tokens.clone(), zero, zero.clone(), zero.sum(-1))
+
+    @property
+    def take(self) -> Tensor:
+        return self.how != How.NONE
+
+    def add(self, take: Tensor, tokens: Tensor, how: How, key: Tensor) -> None:
+        """Also write ``tokens`` at ``take [b, L]`` (positions already chosen are left alone), in ascending ``key``."""
+        take = take & ~self.take
+        self.tokens = torch.where(take, tokens, self.tokens)
+        self.rank = torch.where(take, self.count[:, None] + rank_by(key, take), self.rank)
+        self.how = torch.where(take, int(how), self.how)
+        self.count = self.count + take.sum(-1)
+
+    def put(self, index: Tensor, other: Choice) -> None:
+        """Replace rows ``index`` by the rows of ``other``."""
+        for name in ("tokens", "how", "rank", "count"):
+            getattr(self, name)[index] = getattr(other, name)

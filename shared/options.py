@@ -1,0 +1,286 @@
+"""One vocabulary of decode options: frozen groups, one way in from flat keywords, one parser.
+
+A field's name is its command-line flag, its lm-eval ``model_args`` key and its key in result files. A family's options class
+composes the groups it supports; a group that is absent means its flags do not exist there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from shared.errors import UserError, unknown_name
+
+Strategy = Literal[
+    "low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "entropy_bounded_blocksum"
+]
+Policy = Literal[
+    "mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "always", "never"
+]
+Estimator = Literal[
+    "hard_margin_threshold",
+    "hard_entropy_threshold",
+    "soft_confidence_power",
+    "soft_clipped_linear_margin",
+    "soft_entropy_negexp",
+    "soft_renyi_2_entropy",
+]
+
+
+def option(default, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
+    """A dataclass field with its help text and its range: ``low <= value <= high`` or ``value > above``."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+
+
+def check(group) -> None:
+    """Raise `UserError` unless every field of ``group`` is one of its choices and inside its range."""
+    hints = get_type_hints(type(group))
+    for f in dataclasses.fields(group):
+        value, kind = getattr(group, f.name), hints[f.name]
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise unknown_name(f.name, str(value), get_args(kind))
+        if value is None or isinstance(value, (bool, str, tuple)):
+            continue
+        low, high, above = (f.metadata.get(k) for k in ("low", "high", "above"))
+        inside = (
+            (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+        )
+        if not inside:  # NaN fails every comparison and lands here too
+            bounds = [f"above {above}"] * (above is not None) + [f"at least {low}"] * (low is not None)
+            bounds += [f"at most {high}"] * (high is not None)
+            raise UserError(f"{f.name} is {value}. Allowed: {' and '.join(bounds)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    temperature: float = option(0.0, "softmax temperature of drafts; 0 is greedy", low=0.0)
+    top_k: int = option(0, "keep the k most likely tokens (ties kept); 0 keeps all", low=0)
+    top_p: float = option(1.0, "keep the most likely tokens up to this mass", above=0.0, high=1.0)
+    verify_temperature: float | None = option(
+        None, "temperature of verifier and estimators under greedy drafts; default: the drafts' own", low=0.0
+    )
+    suppress_mask: bool = option(True, "never predict the mask token")
+
+    def __post_init__(self):
+        check(self)
+        if self.verify_temperature is not None and self.temperature > 0:
+            raise UserError(
+                f"verify_temperature is {self.verify_temperature} with temperature {self.temperature}. "
+                "Allowed: only with greedy drafts (temperature 0)"
+            )
+
+    @property
+    def target_temperature(self) -> float:
+        """The temperature of the distribution that verification and estimators use."""
+        return self.temperature if self.verify_temperature is None else self.verify_temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    block_length: int | None = option(None, "tokens decoded together; default: the checkpoint's block_size", low=1)
+    denoising_steps: int | None = option(None, "steps that share out a block's tokens; default: block_length", low=1)
+    max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
+    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer", low=0)
+    stopping_criteria_idx: tuple[int, ...] | None = option(
+        None, "token ids that end the text; default: generation config, then config, then tokenizer"
+    )
+    trim_stop_tokens: bool = option(True, "cut the output before the first stop token")
+    round_to_blocks: bool = option(False, "return whole blocks, past max_new_tokens (as published)")
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Unmask:
+    remasking_strategy: Strategy = option("low_confidence_dynamic", "which masked positions a step fills")
+    confidence_threshold: float = option(0.85, "a draft above this confidence may be kept", low=0.0, high=1.0)
+    eb_threshold: float = option(0.35, "entropy a step may spend (entropy_bounded strategies), in nats", above=0.0)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    do_verify_policy: Policy = option("mask_span_length", "when a drafted span is verified")
+    min_ssd_span_length: int = option(1, "shortest span worth verifying (mask_span_length)", low=1)
+    legacy_ssd_span_strategy: bool = option(
+        False, "also verify a shorter span while few masked positions are confident"
+    )
+    do_verify_score_threshold: float = option(0.0, "verify from this score on (score_threshold)")
+    hysteresis_threshold_on: float = option(0.0, "start verifying above this score (score_hysteresis)")
+    hysteresis_threshold_off: float = option(-1.0, "stop verifying below this score (score_hysteresis)")
+    do_verify_score_type: Literal["difference_dynamic", "difference_static"] = option(
+        "difference_dynamic", "expected accepted length less c x confident positions (dynamic) or less c (static)"
+    )
+    score_penalty_coef: float = option(2.0, "c of the score: the price of a verify forward, in tokens")
+
+    def __post_init__(self):
+        check(self)
+        if self.hysteresis_threshold_on <= self.hysteresis_threshold_off:
+            raise UserError(
+                f"hysteresis_threshold_on is {self.hysteresis_threshold_on}. "
+                f"Allowed: above hysteresis_threshold_off ({self.hysteresis_threshold_off})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Bandit:
+    ucb_beta: float = option(1.0, "width of the confidence bound (contextual_bandit_ucb)", low=0.0)
+    ucb_span_length_bins: int = option(2, "context bins for the span's length", low=1)
+    ucb_block_progress_bins: int = option(2, "context bins for the block's progress", low=1)
+    ucb_entropy_bins: int = option(2, "context bins for the draft's entropy", low=1)
+    ucb_entropy_source: Literal["span", "masked"] = option("span", "positions whose entropy the context averages")
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimation:
+    token_acceptance_estimator: Estimator = option("hard_margin_threshold", "how likely a drafted token is accepted")
+    ssd_confidence_margin_threshold: float = option(0.05, "t of hard_margin_threshold")
+    ssd_entropy_threshold: float = option(0.1, "t of hard_entropy_threshold, in units of ln V")
+    ssd_confidence_power: float = option(0.8, "exponent of soft_confidence_power", low=0.0)
+    ssd_confidence_margin_coef: float = option(1.0, "slope of soft_clipped_linear_margin")
+    ssd_entropy_temperature: float = option(1.0, "T of soft_entropy_negexp")
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    acceptance: Literal["published", "exact"] = option(
+        "published", "exact preserves the verifier's law (and greedy text); published is the paper's rule"
+    )
+    allow_resample: bool = option(True, "replace the first rejected token; otherwise the rejected draft is kept")
+    ssd_ratio_tempering_factor: float = option(1.0, "exponent of the acceptance ratio q/p", above=0.0)
+    ssd_ratio_threshold: float = option(-1.0, "also take later drafts with at least this ratio; negative is off")
+    ssd_threshold_all_spans: bool = option(False, "ssd_ratio_threshold looks at the whole block, not only the span")
+    always_check_high_confidence: bool = option(False, "also take every draft above confidence_threshold")
+
+    def __post_init__(self):
+        check(self)
+        if self.acceptance == "exact":
+            for name, needed in (("allow_resample", True), ("ssd_ratio_tempering_factor", 1.0)):
+                if getattr(self, name) != needed:
+                    raise UserError(f"{name} is {getattr(self, name)}. Allowed with acceptance exact: {needed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    cache_ver: bool = option(False, "commit blocks token-causally, so that cached keys are the verifier's own")
+    draft_ver: bool = option(False, "known tokens of the block attend causally while drafting")
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Switches that change how many forwards a text costs, never the text."""
+
+    skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
+
+    def __post_init__(self):
+        check(self)
+
+
+# Other spellings of a field, accepted wherever flat keywords are. An earlier name in a row wins over a later one.
+ALIASES = {
+    "max_new_tokens": ("max_new_tokens", "max_gen_toks", "gen_length"),
+    "block_length": ("block_length", "block_size"),
+    "confidence_threshold": ("confidence_threshold", "threshold"),
+}
+
+_TRUE, _FALSE = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
+
+
+class FlatOptions:
+    """Base of a family's options class: a frozen dataclass whose fields are groups."""
+
+    __slots__ = ()
+
+    @classmethod
+    def groups(cls) -> dict[str, type]:
+        return {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def names(cls) -> dict[str, tuple[str, Any]]:
+        """Field name -> (name of its group, its type), in order."""
+        return {n: (g, t) for g, group in cls.groups().items() for n, t in get_type_hints(group).items()}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any] | None = None, **more):
+        """Options from flat keywords over the defaults. An unknown key raises with a suggestion.
+
+        ``do_sample=False`` means temperature 0; ``do_sample=True`` without a temperature means temperature 1.
+        """
+        flat = cls._canonical({**(flat or {}), **more})
+        names, by_group = cls.names(), {}
+        for key, value in flat.items():
+            group, kind = names[key]
+            by_group.setdefault(group, {})[key] = _coerce(key, value, kind)
+        return cls(**{g: kind(**by_group.get(g, {})) for g, kind in cls.groups().items()})
+
+    @classmethod
+    def _canonical(cls, flat: dict[str, Any]) -> dict[str, Any]:
+        flat, names = dict(flat), cls.names()
+        for name, spellings in ALIASES.items():
+            if name in names:
+                given = [flat.pop(s) for s in spellings if flat.get(s) is not None]
+                if given:
+                    flat[name] = given[0]
+        do_sample = flat.pop("do_sample", None)
+        if do_sample is not None and "temperature" in names:
+            if not _coerce("do_sample", do_sample, bool):
+                flat["temperature"] = 0.0
+            else:
+                flat.setdefault("temperature", 1.0)
+        for key in flat:
+            if key not in names:
+                raise unknown_name("option", key, [*names, *(s for n, row in ALIASES.items() if n in names for s in row)])
+        return flat
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every option by its flat name, as plain JSON data."""
+        return {
+            n: list(v) if isinstance(v := getattr(getattr(self, g), n), tuple) else v for n, (g, _) in self.names().items()
+        }
+
+    def replace(self, **flat):
+        """A copy with some options changed."""
+        return type(self).from_flat({**self.to_flat(), **flat})
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; accepts what command lines and lm-eval produce (``"true"``, ``-1.0`` for an int, one id for a tuple)."""
+    if get_origin(kind) in (Union, types.UnionType):
+        if value is None or value in ("None", "none"):
+            return None
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    try:
+        if get_origin(kind) is tuple:
+            items = value.replace(",", " ").split() if isinstance(value, str) else value
+            return tuple(int(i) for i in items) if isinstance(items, (list, tuple)) else (int(items),)
+        if get_origin(kind) is Literal:
+            return str(value)
+        if kind is bool:
+            if isinstance(value, str):
+                return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[value.lower()]
+            if value not in (0, 1):
+                raise ValueError
+            return bool(value)
+        if isinstance(value, bool):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        wanted = "true or false" if kind is bool else getattr(kind, "__name__", "a list of token ids")
+        raise UserError(f"{name} is {value!r}. Allowed: {wanted}") from error

@@ -1,0 +1,58 @@
+"""Random numbers as data: a table of uniforms per row, filled on the CPU, with a cursor per row.
+
+A row's numbers depend on (seed, request) alone, so a text does not change with batch order, batch size or device. Tests put
+recorded numbers in through the same door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def request_uniforms(seed: int, request: int, count: int) -> np.ndarray:
+    """The first ``count`` uniforms of a request, float32 in [0, 1) on a grid of 2**-24 (Philox, keyed by seed and request)."""
+    bits = np.random.Generator(np.random.Philox(key=[seed, request])).integers(0, 1 << 24, size=count, dtype=np.uint32)
+    return (bits * np.float64(2.0**-24)).astype(np.float32)
+
+
+class Uniforms:
+    """``[rows, capacity]`` uniforms on ``device``; ``cursor [rows]`` is how many each row has used."""
+
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        recorded: Sequence[Sequence[float]] | None = None,
+    ):
+        self.seed, self.capacity, self.recorded = seed, capacity, recorded
+        self.table = torch.zeros(rows, max(1, capacity), device=device)
+        self.cursor = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def assign(self, row: int, request: int) -> None:
+        """Give ``row`` the numbers of ``request`` (the recorded ones where there are any), from the start."""
+        if self.recorded is None:
+            numbers = torch.from_numpy(request_uniforms(self.seed, request, self.capacity))
+        else:
+            numbers = torch.tensor(self.recorded[request], dtype=torch.float32)
+            if len(numbers) > self.table.shape[1]:
+                raise ValueError(f"request {request} brings {len(numbers)} uniforms, the table holds {self.table.shape[1]}")
+        self.table[row, : len(numbers)] = numbers.to(self.table.device)
+        self.cursor[row] = 0
+
+    def available(self, request: int) -> int:
+        """How many numbers ``request`` has; a decode that used more is a broken invariant, checked when it ends."""
+        return self.capacity if self.recorded is None else len(self.recorded[request])
+
+    def take(self, rows: Tensor, width: int, used: Tensor | int) -> Tensor:
+        """The next ``width`` numbers of ``rows [b]`` -> ``[b, width]``; then move their cursors by ``used`` (``[b]`` or int)."""
+        at = self.cursor[rows][:, None] + torch.arange(width, device=rows.device)
+        numbers = self.table[rows[:, None], at.clamp(max=self.table.shape[1] - 1)]
+        self.cursor[rows] += used
+        return numbers

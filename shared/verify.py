@@ -1,0 +1,128 @@
+"""Accepting a drafted span against the verifier's logits.
+
+Two modes. ``published``: S2D2's rule, a draft is accepted when ``u < min(1, q/p)`` even if it is the argmax of ``p``; the first
+rejected position takes a token from the normalised positive part of ``q - p``. ``exact``: lossless; for greedy decoding a draft
+is accepted while it is the verifier's argmax, for sampling the published rule on drafts really drawn from ``p`` is already the
+speculative-sampling rule of Leviathan et al. 2023 (algorithm 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.draft import Choice, Draft, How
+from shared.options import Acceptance, Sampling, Unmask
+from shared.output import Lossless
+from shared.sampling import GREEDY_BELOW, inverse_cdf, transform
+from shared.uniforms import Uniforms
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome per position ``[b, L]``: ``accepted`` prefix of the span, ``rejected`` (at most one, the first), the ``replacement`` token
+    to write there (None: the draft is kept) and the acceptance ``ratio``."""
+
+    accepted: Tensor
+    rejected: Tensor
+    replacement: Tensor | None
+    ratio: Tensor
+
+
+def split_at_first_failure(failed: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+    """``(accepted, rejected)``, both ``[b, L]``: the span before its first failure, and that failure."""
+    failures = (failed & span).cumsum(-1)
+    return span & (failures == 0), failed & span & (failures == 1)
+
+
+def acceptance_ratio(draft: Draft, target: Tensor, tempering: float) -> Tensor:
+    """``min(1, (q / p) ** tempering)`` of each drafted token, ``[b, L]``; ``target [b, L, V]`` are probabilities ``q``."""
+    q = target.gather(-1, draft.tokens[..., None])[..., 0]
+    ratio = q / draft.confidence.clamp_min(1e-12)
+    return (ratio if tempering == 1.0 else ratio**tempering).clamp(max=1.0)
+
+
+def residual(target: Tensor, draft_probs: Tensor) -> Tensor:
+    """Normalised ``max(q - p, 0)``, ``[b, V]``; ``q`` itself where that has no mass or is not finite."""
+    positive = (target - draft_probs).clamp_min(0)
+    mass = positive.sum(-1, keepdim=True)
+    usable = torch.isfinite(mass) & (mass > 0)
+    return torch.where(usable, positive / mass.where(usable, torch.ones_like(mass)), target)
+
+
+def judge(draft: Draft, verifier_logits: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms) -> Verdict:
+    """Accept or reject the span of every row. ``verifier_logits [b, L, V]``: row ``i`` is the block-size-one law of position ``i``.
+
+    The random rule takes one uniform per span position, all before any is used, then one more in rows with a rejection to replace.
+    """
+    target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
+    ratio = acceptance_ratio(draft, target, options.ssd_ratio_tempering_factor)
+    if options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW:
+        best = verifier_logits.argmax(-1)
+        accepted, rejected = split_at_first_failure(draft.tokens != best, draft.span)
+        return Verdict(accepted, rejected, best, ratio)
+    length = draft.span.sum(-1)
+    in_span = torch.arange(ratio.shape[1], device=ratio.device) - draft.first_masked[:, None]
+    numbers = uniforms.take(draft.rows, ratio.shape[1], length)
+    numbers = numbers.gather(1, in_span.clamp(0, ratio.shape[1] - 1))
+    accepted, rejected = split_at_first_failure(numbers >= ratio, draft.span)
+    if not options.allow_resample:
+        return Verdict(accepted, rejected, None, ratio)
+    at = rejected.int().argmax(-1)
+    pick = torch.arange(len(at), device=at.device)
+    law = residual(target[pick, at], draft.log_weights[pick, at].softmax(-1))
+    drawn = inverse_cdf(law, uniforms.take(draft.rows, 1, rejected.any(-1))[:, 0])
+    return Verdict(accepted, rejected, drawn[:, None].expand_as(draft.tokens), ratio)
+
+
+def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance) -> Choice:
+    """The tokens a verified step decodes: the accepted prefix, the first rejected position, and the ratio side door if it is open."""
+    choice = Choice.none(draft)
+    place = torch.arange(draft.tokens.shape[1], device=draft.tokens.device).expand_as(draft.tokens)
+    choice.add(verdict.accepted, draft.tokens, How.ACCEPTED, place)
+    if verdict.replacement is None:
+        choice.add(verdict.rejected, draft.tokens, How.KEPT, place)
+    else:
+        choice.add(verdict.rejected, verdict.replacement, How.RESAMPLED, place)
+    if options.ssd_ratio_threshold >= 0:
+        reach = draft.masked if options.ssd_threshold_all_spans else draft.span
+        choice.add(reach & (verdict.ratio >= options.ssd_ratio_threshold), draft.tokens, How.RATIO, place)
+    return choice
+
+
+def take_confident(choice: Choice, draft: Draft, options: Unmask) -> None:
+    """Add every masked position whose draft is above ``confidence_threshold`` (``always_check_high_confidence``)."""
+    confident = draft.masked & (draft.confidence > options.confidence_threshold)
+    choice.add(confident, draft.tokens, How.CONFIDENT, -draft.confidence)
+
+
+def losslessness(options) -> Lossless:
+    """Whether ``options`` make a self-speculative decoder follow block-size-one decoding exactly, and the reason.
+
+    ``options`` has the groups ``sampling, blocks`` (resolved), ``acceptance, routing, cache``.
+    """
+    acceptance, routing = options.acceptance, options.routing
+    broken = {
+        "cache_ver is off, so committed keys are not the verifier's": not options.cache.cache_ver,
+        f"policy {routing.do_verify_policy} may skip verification": not (
+            routing.do_verify_policy == "always"
+            or (routing.do_verify_policy == "mask_span_length" and routing.min_ssd_span_length == 1)
+        ),
+        "fewer denoising_steps than block_length add unverified tokens": (
+            options.blocks.denoising_steps < options.blocks.block_length
+        ),
+        "ssd_ratio_threshold takes tokens past a rejection": acceptance.ssd_ratio_threshold >= 0,
+        "always_check_high_confidence takes unverified tokens": acceptance.always_check_high_confidence,
+        "ssd_ratio_tempering_factor bends the acceptance ratio": acceptance.ssd_ratio_tempering_factor != 1.0,
+        "allow_resample is off, so rejected drafts are kept": not acceptance.allow_resample,
+        "the published rule is random on argmax drafts (acceptance exact is not)": (
+            acceptance.acceptance == "published" and options.sampling.temperature < GREEDY_BELOW
+        ),
+    }
+    reasons = [reason for reason, is_broken in broken.items() if is_broken]
+    if reasons:
+        return Lossless(False, "; ".join(reasons))
+    law = "greedy text" if options.sampling.temperature < GREEDY_BELOW else "sampling law"
+    return Lossless(True, f"every token is verified: same {law} as block size one")
