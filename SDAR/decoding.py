@@ -18,6 +18,7 @@ from sdar.options import Options, StandardOptions
 from shared import masks
 from shared.batch import Batch
 from shared.draft import Choice, Draft, How
+from shared.diagnose import first_broken_layer
 from shared.errors import UserError
 from shared.kv_cache import BlockCache
 from shared.options import Cache
@@ -68,6 +69,7 @@ def decode(
     seed: int = 0,
     batch_size: int | None = None,
     tokenizer=None,
+    requests: Sequence[int] | None = None,
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
 ) -> Output:
@@ -75,13 +77,13 @@ def decode(
 
     ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all). Randomness comes from
     ``(seed, index of the prompt)``, or from ``uniforms``, one recorded list per prompt. ``on_block(request, new_ids)`` is called as blocks
-    finish, ``on_finish(completion)`` as texts do. Raises `UserError` before any forward when a prompt or an option does not fit.
+    finish, ``on_finish(completion)`` as texts do. ``requests`` numbers the prompts otherwise than 0, 1, 2, ... Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
-    run = start(model, prompts, options, min(batch_size or len(prompts), len(prompts)), uniforms, seed)
+    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     done: dict[int, Completion] = {}
     while prefill(run) or run.batch.active:
@@ -91,7 +93,7 @@ def decode(
         choice = verify(run, rows, draft, picked)
         fill_quota(run, rows, draft, choice)
         run.policy.observe(draft, decision, choice.count)
-        finished = run.batch.write(rows, draft, choice, decision)
+        finished = write(run, rows, draft, choice, decision)
         if on_block:
             for i, _ in finished:
                 on_block(run.batch.rows[i].request, run.batch.new_tokens(i))
@@ -110,17 +112,20 @@ def decode(
     )
 
 
-def start(model, prompts, options: StandardOptions, rows: int, uniforms, seed: int) -> Run:
+def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int) -> Run:
     """Allocate the batch, the cache and the policy's state for ``rows`` rows."""
     blocks = options.blocks
     length, device = blocks.block_length, model.device
     per_block = length * (length + 1) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
     numbers = (
-        max(per_block * (blocks.max_new_tokens // length + 2), 1) if uniforms is None else max(map(len, uniforms), default=1)
+        max(per_block * (blocks.max_new_tokens // length + 2), 1)
+        if uniforms is None
+        else max(map(len, uniforms), default=1)
     )
     batch = Batch(
         prompts,
+        requests=requests,
         rows=rows,
         block_length=length,
         steps=blocks.denoising_steps,
@@ -260,6 +265,18 @@ def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED, key)
 
 
+def write(run: Run, rows: list[int], draft: Draft, choice: Choice, decision: Tensor) -> list[tuple[int, bool]]:
+    """`Batch.write`; if the logits were not finite, say in which layer that began."""
+    try:
+        return run.batch.write(rows, draft, choice, decision)
+    except FloatingPointError as error:
+        positions = run.batch.positions(draft.rows)
+        layer = first_broken_layer(
+            run.model.model.layers, lambda: run.forward("draft", rows, draft.block, positions, None)
+        )
+        raise FloatingPointError(f"{error}, first in {layer}") from None
+
+
 def commit(run: Run, draft: Draft, rows: list[int], finished: list[int]) -> None:
     """Pass the final tokens of finished blocks through once and keep their keys and values."""
     if not finished:
@@ -284,10 +301,12 @@ def _lossless(options: StandardOptions) -> Lossless:
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 
-_CALL_KEYWORDS = ("attention_mask", "seed", "batch_size", "tokenizer", "on_block", "on_finish")
+_CALL_KEYWORDS = ("attention_mask", "seed", "batch_size", "tokenizer", "requests", "on_block", "on_finish")
 
 
-def generate(kind: type[StandardOptions], model, input_ids, options: StandardOptions | None, uniforms, flat: dict) -> Output:
+def generate(
+    kind: type[StandardOptions], model, input_ids, options: StandardOptions | None, uniforms, flat: dict
+) -> Output:
     """Behind both ``block_diffusion_generate``: split ``flat`` into call keywords and options, check the latter, decode."""
     call = {name: flat.pop(name) for name in _CALL_KEYWORDS if name in flat}
     if options is not None and type(options) is not kind:

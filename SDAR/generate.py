@@ -7,15 +7,43 @@ python generate.py --remasking_strategy low_confidence_static --block_length 8
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sdar import decoding
-from sdar.options import StandardOptions
+from sdar.modeling_sdar import SDARForCausalLM
+from sdar.options import DEFAULT_PROMPT, PLAIN_PRESETS, StandardOptions
+from shared.cli import Script
 from shared.output import Output
 
 
-def block_diffusion_generate(model, input_ids, options: StandardOptions | None = None, *, uniforms=None, **flat) -> Output:
+def block_diffusion_generate(
+    model, input_ids, options: StandardOptions | None = None, *, uniforms=None, **flat
+) -> Output:
     """Decode ``input_ids`` block by block, several tokens a step (SDAR, "bd3" on older command lines).
 
     ``options`` is a `StandardOptions`; flat keywords change single fields (``confidence_threshold=0.9``) and are checked. Keywords of
-    `decoding.decode` (``seed``, ``batch_size``, ``tokenizer``, ``attention_mask``, ``on_block``, ``on_finish``) pass through.
+    `decoding.decode` (``seed``, ``batch_size``, ``tokenizer``, ...) pass through.
     """
     return decoding.generate(StandardOptions, model, input_ids, options, uniforms, flat)
+
+
+def rivals(options: StandardOptions) -> dict:
+    """What the demo compares this run with."""
+    return {"block size one (AR)": (block_diffusion_generate, options.replace(block_length=1, denoising_steps=1))}
+
+
+SCRIPT = Script(
+    description=__doc__,
+    folder=Path(__file__).parent,
+    model_class=SDARForCausalLM,
+    options=StandardOptions,
+    presets=PLAIN_PRESETS,
+    shipped="tiny",
+    title="SDAR, plain block diffusion",
+    generate=block_diffusion_generate,
+    rivals=rivals,
+    default_prompt=DEFAULT_PROMPT,
+)
+
+if __name__ == "__main__":
+    SCRIPT.main()

@@ -97,9 +97,13 @@ class SDARForCausalLM(CheckpointModel):
     def __init__(self, config: SDARConfig):
         super().__init__()
         if config.rope_scaling:
-            raise ValueError(f"rope_scaling {config.rope_scaling!r} is not supported; released SDAR checkpoints have null")
+            raise ValueError(
+                f"rope_scaling {config.rope_scaling!r} is not supported; released SDAR checkpoints have null"
+            )
         if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; released SDAR checkpoints have 'silu'")
+            raise ValueError(
+                f"hidden_act {config.hidden_act!r} is not supported; released SDAR checkpoints have 'silu'"
+            )
         self.config = config
         self.backend = "sdpa"
         self.model = SDARModel(config)
@@ -147,7 +151,11 @@ class SDARForCausalLM(CheckpointModel):
         if cache is not None:
             mask = cache.mask(local_mask)
         else:
-            mask = local_mask if local_mask is None else (local_mask if local_mask.dim() == 3 else local_mask[None])[:, None]
+            mask = (
+                local_mask
+                if local_mask is None
+                else (local_mask if local_mask.dim() == 3 else local_mask[None])[:, None]
+            )
         for layer in self.model.layers:
             x = layer(x, rope, cache, mask, self.backend)
         if isinstance(logits_at, slice):

@@ -53,8 +53,24 @@ _PAPER = {
     "draft_ver": True,
 }
 
+# The settings at which each decoder is at its best on the checkpoint in tiny/ (see README.md for the sweep).
+_TINY_PLAIN = {"block_length": 16, "max_new_tokens": 256, "confidence_threshold": 0.95}
+_TINY = {**_TINY_PLAIN, "do_verify_policy": "always", "acceptance": "exact", "cache_ver": True, "draft_ver": True}
+
+PLAIN_PRESETS = {"published": PUBLISHED, "tiny": _TINY_PLAIN}
 PRESETS = {
+    "tiny": _TINY,
     "published": PUBLISHED,
     "paper-a": {**_PAPER, "block_length": 4, "denoising_steps": 4, "score_penalty_coef": 1.0},
     "paper-b": {**_PAPER, "block_length": 16, "denoising_steps": 16, "score_penalty_coef": 0.0},
 }
+
+DEFAULT_PROMPT = (
+    "Olivia walks each of her ten dogs for 15 minutes twice a day and spends 5 minutes feeding each of them. "
+    "How many hours does she spend on her dogs in a week? Reason step by step and put the final answer in \\boxed{}."
+)
+
+
+def plain(options: Options) -> StandardOptions:
+    """The same settings without speculation."""
+    return StandardOptions(options.sampling, options.blocks, options.unmask, options.savings)

@@ -36,12 +36,13 @@ class Row:
 
 
 class Batch:
-    """``rows`` texts at a time out of ``prompts``. ``block_length`` L, ``steps`` S: see `shared.options.Blocks`."""
+    """``rows`` texts at a time out of ``prompts``, known by their numbers in ``requests``. ``block_length`` L, ``steps`` S: see `shared.options.Blocks`."""
 
     def __init__(
         self,
         prompts: Sequence[Sequence[int]],
         *,
+        requests: Sequence[int] | None,
         rows: int,
         block_length: int,
         steps: int,
@@ -53,7 +54,8 @@ class Batch:
     ):
         self.block_length, self.steps, self.max_new_tokens = block_length, steps, max_new_tokens
         self.mask_id, self.stop_ids, self.uniforms = mask_id, tuple(stop_ids), uniforms
-        self.waiting = deque(enumerate([list(p) for p in prompts]))
+        requests = range(len(prompts)) if requests is None else requests
+        self.waiting = deque(zip(requests, map(list, prompts), strict=True))
         self.rows: list[Row | None] = [None] * rows
         self.forwards: Counter = Counter()
         self.capacity = max(self._total(len(p)) for p in prompts)
@@ -159,7 +161,9 @@ class Batch:
             if left == 0:
                 finished.append((i, bool(stop)))
             elif row.step >= 2 * self.steps:
-                raise RuntimeError(f"{where}: {left} positions still masked after twice the {self.steps} denoising steps")
+                raise RuntimeError(
+                    f"{where}: {left} positions still masked after twice the {self.steps} denoising steps"
+                )
         return finished
 
     def ends(self, i: int, stop: bool) -> bool:
@@ -181,14 +185,18 @@ class Batch:
         first = max(row.start, len(row.prompt))
         return self.tokens[i, first : row.start + self.block_length].tolist()
 
-    def retire(self, i: int, *, trim: bool, whole_blocks: bool, decode: Callable[[list[int]], str] | None) -> Completion:
+    def retire(
+        self, i: int, *, trim: bool, whole_blocks: bool, decode: Callable[[list[int]], str] | None
+    ) -> Completion:
         """Take row ``i``'s finished text off the batch (one device read)."""
         row, end = self.rows[i], self.rows[i].start + self.block_length
         self.rows[i] = None
         ids = self.tokens[i].tolist()
         used = int(self.uniforms.cursor[i])
         if used > self.uniforms.available(row.request):
-            raise RuntimeError(f"request {row.request} used {used} uniforms, only {self.uniforms.available(row.request)} exist")
+            raise RuntimeError(
+                f"request {row.request} used {used} uniforms, only {self.uniforms.available(row.request)} exist"
+            )
         length = len(row.prompt)
         tokens = ids[length : row.total] if whole_blocks and not trim else ids[length:end]
         if not whole_blocks:

@@ -120,7 +120,9 @@ class Window:
     def _build_mask(self, local_mask: Tensor | None) -> Tensor | None:
         if local_mask is None and self.uniform:
             return None
-        column = torch.arange(self.extent, device=self.prefix.device) - self.prefix[:, None]  # [b, extent], 0 = first local
+        column = (
+            torch.arange(self.extent, device=self.prefix.device) - self.prefix[:, None]
+        )  # [b, extent], 0 = first local
         inside = (column >= 0) & (column < self.width)
         if local_mask is None:
             return ((column < 0) | inside)[:, None, None, :]

@@ -202,7 +202,12 @@ def special_ids(
 
     The generation config's eos ids count as the config's. Every id is checked against the vocabulary.
     """
-    for candidate in (mask_id, getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None), family_mask):
+    for candidate in (
+        mask_id,
+        getattr(config, "mask_token_id", None),
+        getattr(tokenizer, "mask_token_id", None),
+        family_mask,
+    ):
         if candidate is not None:
             mask_id = int(candidate)
             break

@@ -17,9 +17,7 @@ from shared.errors import UserError, unknown_name
 Strategy = Literal[
     "low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bounded", "entropy_bounded_blocksum"
 ]
-Policy = Literal[
-    "mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "always", "never"
-]
+Policy = Literal["mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "always", "never"]
 Estimator = Literal[
     "hard_margin_threshold",
     "hard_entropy_threshold",
@@ -45,9 +43,7 @@ def check(group) -> None:
         if value is None or isinstance(value, (bool, str, tuple)):
             continue
         low, high, above = (f.metadata.get(k) for k in ("low", "high", "above"))
-        inside = (
-            (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        )
+        inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
         if not inside:  # NaN fails every comparison and lands here too
             bounds = [f"above {above}"] * (above is not None) + [f"at least {low}"] * (low is not None)
             bounds += [f"at most {high}"] * (high is not None)
@@ -225,7 +221,7 @@ class FlatOptions:
         names, by_group = cls.names(), {}
         for key, value in flat.items():
             group, kind = names[key]
-            by_group.setdefault(group, {})[key] = _coerce(key, value, kind)
+            by_group.setdefault(group, {})[key] = coerce(key, value, kind)
         return cls(**{g: kind(**by_group.get(g, {})) for g, kind in cls.groups().items()})
 
     @classmethod
@@ -238,19 +234,22 @@ class FlatOptions:
                     flat[name] = given[0]
         do_sample = flat.pop("do_sample", None)
         if do_sample is not None and "temperature" in names:
-            if not _coerce("do_sample", do_sample, bool):
+            if not coerce("do_sample", do_sample, bool):
                 flat["temperature"] = 0.0
             else:
                 flat.setdefault("temperature", 1.0)
         for key in flat:
             if key not in names:
-                raise unknown_name("option", key, [*names, *(s for n, row in ALIASES.items() if n in names for s in row)])
+                raise unknown_name(
+                    "option", key, [*names, *(s for n, row in ALIASES.items() if n in names for s in row)]
+                )
         return flat
 
     def to_flat(self) -> dict[str, Any]:
         """Every option by its flat name, as plain JSON data."""
         return {
-            n: list(v) if isinstance(v := getattr(getattr(self, g), n), tuple) else v for n, (g, _) in self.names().items()
+            n: list(v) if isinstance(v := getattr(getattr(self, g), n), tuple) else v
+            for n, (g, _) in self.names().items()
         }
 
     def replace(self, **flat):
@@ -258,7 +257,7 @@ class FlatOptions:
         return type(self).from_flat({**self.to_flat(), **flat})
 
 
-def _coerce(name: str, value: Any, kind: Any) -> Any:
+def coerce(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind``; accepts what command lines and lm-eval produce (``"true"``, ``-1.0`` for an int, one id for a tuple)."""
     if get_origin(kind) in (Union, types.UnionType):
         if value is None or value in ("None", "none"):

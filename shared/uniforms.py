@@ -42,7 +42,9 @@ class Uniforms:
         else:
             numbers = torch.tensor(self.recorded[request], dtype=torch.float32)
             if len(numbers) > self.table.shape[1]:
-                raise ValueError(f"request {request} brings {len(numbers)} uniforms, the table holds {self.table.shape[1]}")
+                raise ValueError(
+                    f"request {request} brings {len(numbers)} uniforms, the table holds {self.table.shape[1]}"
+                )
         self.table[row, : len(numbers)] = numbers.to(self.table.device)
         self.cursor[row] = 0
 

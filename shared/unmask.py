@@ -43,7 +43,9 @@ def within_budget(
     """The cheapest positions while their running total stays below ``budget``; between ``at_least`` and ``at_most`` of them."""
     rank = rank_by(cost, eligible)
     ordered = torch.where(eligible, cost, 0.0).gather(-1, rank.argsort(-1))
-    fits = (ordered.cumsum(-1) < budget) & (torch.arange(cost.shape[-1], device=cost.device) < eligible.sum(-1)[:, None])
+    fits = (ordered.cumsum(-1) < budget) & (
+        torch.arange(cost.shape[-1], device=cost.device) < eligible.sum(-1)[:, None]
+    )
     count = torch.minimum(torch.maximum(fits.sum(-1), at_least), at_most)
     return eligible & (rank < count[:, None]), cost
 

@@ -52,7 +52,9 @@ def residual(target: Tensor, draft_probs: Tensor) -> Tensor:
     return torch.where(usable, positive / mass.where(usable, torch.ones_like(mass)), target)
 
 
-def judge(draft: Draft, verifier_logits: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms) -> Verdict:
+def judge(
+    draft: Draft, verifier_logits: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms
+) -> Verdict:
     """Accept or reject the span of every row. ``verifier_logits [b, L, V]``: row ``i`` is the block-size-one law of position ``i``.
 
     The random rule takes one uniform per span position, all before any is used, then one more in rows with a rejection to replace.

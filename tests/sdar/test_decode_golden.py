@@ -10,12 +10,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tests.family_checks import golden_folder
 
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
 from sdar.options import PUBLISHED
 from shared.draft import How
 from shared.trace import Trace
+from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("SDAR")
 CASES = json.loads((FOLDER / "decode.json").read_text())

@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tests.family_checks import golden_folder
 from safetensors.torch import load_file
 
 from sdar import SDARForCausalLM
+from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("SDAR")
 ENTRIES = json.loads((FOLDER / "forward.json").read_text())["entries"]

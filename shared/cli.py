@@ -1,0 +1,324 @@
+"""What the example scripts of all families share: flags, prompts, streaming, results on disk, the printed summary.
+
+Every decode option is a flag under its own name; everything else a script takes is a field of `ScriptArguments`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tqdm import tqdm
+
+from shared.errors import UserError, unknown_name
+from shared.loading import checkpoint_folder, load_tokenizer, resolve_device
+from shared.options import ALIASES, FlatOptions, check, coerce, option
+from shared.output import Completion, Output
+from shared.prompts import encode_prompt, read_prompt_file
+from shared.trace import format_trace
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptArguments:
+    model: str | None = option(None, "checkpoint folder or hub id; default: the tiny checkpoint shipped in this folder")
+    prompt: str | None = option(None, "the prompt; default: problems that come with the checkpoint")
+    prompt_file: str | None = option(
+        None, "prompts from a file: JSONL ('prompt' or 'messages' a line), else one a line"
+    )
+    batch_size: int = option(1, "texts in flight at a time; waiting prompts join as rows finish", low=1)
+    output_dir: str | None = option(None, "append results there as they finish (outputs.jsonl); a second run resumes")
+    stream: bool = option(False, "print text as blocks finish")
+    trace: str | None = option(None, "write the traces to this JSON file")
+    forward_stats: bool = option(False, "print each step's decoding order and tokens")
+    preset: str | None = option(None, "a named setting; single flags go on top")
+    seed: int = option(42, "seed of every random draw", low=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N")
+    dtype: str = option("auto", "auto, float32, bfloat16, float16, float64")
+    prompt_length: int | None = option(None, "keep at most this many tokens of a prompt", low=1)
+    no_chat: bool = option(False, "send the prompt without the chat template")
+    compare: bool | None = option(None, "also run plain diffusion and block size one; default: when no prompt is given")
+    trust_remote_code: bool = option(False, "accepted for old command lines; this repository's own code is always used")
+
+    def __post_init__(self):
+        check(self)
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UserError("prompt and prompt_file are both given. Allowed: one of them")
+
+
+SCRIPT_ALIASES = {"model": ("model", "model_dir"), "forward_stats": ("forward_stats", "return_forward_stats")}
+# Flags whose bare form says no.
+NEGATIONS = {"no_resample": "allow_resample"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.Field, spellings: Sequence[str]) -> None:
+    """One field as a flag. Values stay strings here: `shared.options.coerce` is the only place that reads them."""
+    options = list(get_args(kind)) if type(None) in get_args(kind) else [kind]
+    literal = next((k for k in options if get_origin(k) is Literal), None)
+    choices = f" {{{', '.join(get_args(literal))}}}" if literal else ""
+    default = "" if field.default is None else f" (default: {field.default})"
+    flags = [f"--{s}" for s in spellings]
+    help = (field.metadata["help"] + choices + default).replace("%", "%%")
+    if bool in options:
+        group.add_argument(
+            *flags, nargs="?", const=True, metavar="BOOL", default=argparse.SUPPRESS, dest=name, help=help
+        )
+    elif any(get_origin(k) is tuple for k in options):
+        group.add_argument(*flags, nargs="+", metavar="ID", default=argparse.SUPPRESS, dest=name, help=help)
+    else:
+        metavar = "NAME" if literal else next(k for k in options if k is not type(None)).__name__.upper()
+        group.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS, dest=name, help=help)
+
+
+def build_parser(options: type[FlatOptions], description: str) -> _Parser:
+    """A parser with a flag for every field of `ScriptArguments` and of each group of ``options``; only flags given appear in its result."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, group in {"script": ScriptArguments, **options.groups()}.items():
+        section, hints = parser.add_argument_group(title), get_type_hints(group)
+        for f in dataclasses.fields(group):
+            spellings = {**ALIASES, **SCRIPT_ALIASES}.get(f.name, (f.name,))
+            _add_flag(section, parser, f.name, hints[f.name], f, spellings)
+            for negation, name in NEGATIONS.items():
+                if name == f.name:
+                    section.add_argument(f"--{negation}", dest=name, action="store_false", default=argparse.SUPPRESS)
+    if "temperature" in options.names():
+        parser.add_argument(
+            "--do_sample", nargs="?", const=True, default=argparse.SUPPRESS, help="false: temperature 0"
+        )
+    return parser
+
+
+def parse(
+    options: type[FlatOptions],
+    presets: Mapping[str, Mapping],
+    argv: Sequence[str] | None,
+    description: str,
+    shipped: str,
+) -> tuple[ScriptArguments, FlatOptions, str | None]:
+    """``(script arguments, decode options, name of the preset in use)``. Without ``--model`` the preset is ``shipped``."""
+    parser = build_parser(options, description)
+    given, strange = parser.parse_known_args(argv)
+    if strange:
+        flags = sorted({s.lstrip("-") for a in parser._actions for s in a.option_strings if s.startswith("--")})
+        raise unknown_name("flag", strange[0].split("=")[0].lstrip("-"), flags)
+    given, hints = vars(given), get_type_hints(ScriptArguments)
+    script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
+    preset = script.preset or (shipped if script.model is None else None)
+    if preset is not None and preset not in presets:
+        raise unknown_name("preset", preset, presets)
+    return script, options.from_flat({**presets.get(preset, {}), **given}), preset
+
+
+def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -> tuple[list[dict], list[list[int]]]:
+    """The records to decode and their token ids. ``demo``: the checkpoint's own problems; ``default``: used where it has none."""
+    if script.prompt_file is not None:
+        records = read_prompt_file(script.prompt_file)
+    elif script.prompt is not None:
+        records = [{"prompt": script.prompt}]
+    else:
+        records = read_prompt_file(demo) if demo.is_file() else [{"prompt": default}]
+    try:
+        prompts = [encode_prompt(tokenizer, record, chat=not script.no_chat) for record in records]
+    except UserError as error:
+        raise UserError(f"{script.prompt_file or 'prompt'}: {error}") from error
+    return records, [p[: script.prompt_length] for p in prompts]
+
+
+class Results:
+    """``outputs.jsonl`` in a folder: one line a finished text, flushed at once; a later run skips what is there."""
+
+    def __init__(self, folder: str | None, run: dict):
+        self.file, self.done = None, set()
+        if folder is None:
+            return
+        root, settings = Path(folder), Path(folder) / "run.json"
+        root.mkdir(parents=True, exist_ok=True)
+        if settings.is_file() and json.loads(settings.read_text()) != run:
+            raise UserError(
+                f"output_dir {folder!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+            )
+        settings.write_text(json.dumps(run, indent=1) + "\n")
+        path = root / "outputs.jsonl"
+        kept = path.read_bytes() if path.is_file() else b""
+        kept = kept[: kept.rfind(b"\n") + 1]  # a killed run may leave half a line
+        path.write_bytes(kept)
+        self.done = {json.loads(line)["index"] for line in kept.splitlines()}
+        self.file = path.open("a", encoding="utf-8")
+
+    def add(self, index: int, record: dict, completion: Completion) -> None:
+        if self.file is None:
+            return
+        line = {
+            "index": index,
+            **record,
+            "text": completion.text,
+            "token_ids": completion.tokens,
+            "forwards": completion.trace.forwards,
+            "decided": completion.trace.counts(),
+            "seconds": round(completion.seconds, 4),
+        }
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+class Streamer:
+    """Prints text block by block: what all ids so far decode to, less what has been printed, up to the first stop token."""
+
+    def __init__(self, tokenizer, stop_ids: Sequence[int], many: bool):
+        self.tokenizer, self.stop_ids, self.many = tokenizer, set(stop_ids), many
+        self.ids: dict[int, list[int]] = {}
+        self.printed: dict[int, str] = {}
+
+    def __call__(self, request: int, new_ids: list[int]) -> None:
+        ids = self.ids.setdefault(request, [])
+        if self.stop_ids & set(ids):
+            return
+        ids.extend(new_ids)
+        end = next((k for k, t in enumerate(ids) if t in self.stop_ids), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+        piece, self.printed[request] = text[len(self.printed.get(request, "")) :], text
+        if self.many:
+            print(f"[{request}] {piece}", flush=True)
+        else:
+            print(piece, end="", flush=True)
+
+
+def is_solved(record: dict, text: str) -> bool | None:
+    """Whether the text ends in the record's ``answer`` (after ``####``); None when the record has none."""
+    return text.rsplit("####")[-1].strip() == str(record["answer"]) if "answer" in record else None
+
+
+def print_texts(script: ScriptArguments, output: Output, tokenizer) -> None:
+    """Texts (unless streamed), traces if asked for, and the trace file."""
+    for completion in output.completions:
+        if not script.stream and script.output_dir is None:
+            print(f"=== text {completion.request}\n{completion.text}\n")
+        if script.forward_stats:
+            print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n")
+    if script.trace is not None:
+        Path(script.trace).write_text(json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
+
+
+def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | None]) -> str:
+    """A table of decoders over the same prompts: what each token cost and how much of the drafts was accepted."""
+    width = max(map(len, rows))
+    lines = [
+        f"{'decoder':{width}s}  tokens  forwards/token (prefill draft verify commit)  accepted/verify  tokens/s  solved"
+    ]
+    for name, out in rows.items():
+        kinds = "  ".join(f"{out.forwards[k] / max(1, out.token_count):.3f}" for k in out.forwards)
+        accepted = f"{out.mean_accepted_length:.2f}" if out.forwards["verify"] else "-"
+        right = "-" if solved.get(name) is None else f"{solved[name]}/{len(out.completions)}"
+        lines.append(
+            f"{name:{width}s}  {out.token_count:6d}  {out.forwards_per_token:6.3f}         ({kinds})  {accepted:>15s}  "
+            f"{out.tokens_per_second:8.1f}  {right:>6s}"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Script:
+    """An example script: parse, load, generate, print. ``python FILE.py --help`` is its manual.
+
+    ``generate`` is the family's decoder; ``rivals(options)`` names the decoders it is compared with, each ``(function, options)``; ``shipped`` is
+    the preset used with the tiny checkpoint in ``folder``; ``default_prompt`` is for checkpoints that bring no problems of their own.
+    """
+
+    description: str
+    folder: Path
+    model_class: type
+    options: type[FlatOptions]
+    presets: Mapping[str, Mapping]
+    shipped: str
+    title: str
+    generate: Callable[..., Output]
+    rivals: Callable[[FlatOptions], dict[str, tuple[Callable[..., Output], FlatOptions]]]
+    default_prompt: str
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run; bad input is one line on standard error and exit code 2."""
+        try:
+            self.run(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    def run(self, argv: Sequence[str] | None) -> None:
+        script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped)
+        if script.trust_remote_code:
+            print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
+        source = script.model or str(self.folder / "tiny")
+        tokenizer = load_tokenizer(source)
+        records, prompts = load_prompts(
+            script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
+        )
+        model = self.model_class.from_pretrained(source, dtype=script.dtype, device=resolve_device(script.device))
+        print(f"{self.title} | {source} | preset {preset or 'none'} | {model.device.type}, {str(model.dtype)[6:]}\n")
+        output = self.decode(script, options, model, tokenizer, records, prompts, source)
+        if output is None:
+            return
+        print_texts(script, output, tokenizer)
+        rows = {"this run": output}
+        if script.compare or (script.compare is None and script.prompt is None and script.prompt_file is None):
+            for name, (generate, rival) in self.rivals(options).items():
+                call = {"seed": script.seed, "batch_size": script.batch_size, "tokenizer": tokenizer}
+                rows[name] = generate(model, prompts, rival, **call)
+        by_request = {
+            name: [is_solved(records[c.request], c.text) for c in out.completions] for name, out in rows.items()
+        }
+        solved = {name: None if None in found else sum(found) for name, found in by_request.items()}
+        print(format_comparison(rows, solved))
+        print(f"\nlossless: {'yes' if output.lossless else 'no'} ({output.lossless_reason})")
+
+    def decode(self, script, options, model, tokenizer, records, prompts, source) -> Output | None:
+        """Decode what is not on disk yet, printing or storing each text as it finishes."""
+        run = {
+            "model": source,
+            "decoder": self.title,
+            "seed": script.seed,
+            "options": options.to_flat(),
+            "prompts": prompts,
+        }
+        results = Results(script.output_dir, run)
+        todo = [k for k in range(len(prompts)) if k not in results.done]
+        if results.done:
+            print(f"{len(results.done)} of {len(prompts)} texts are in {script.output_dir} already")
+        if not todo:
+            return None
+        _, stop_ids = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
+        streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1) if script.stream else None
+        bar = tqdm(total=len(todo), unit="text", disable=script.stream or len(todo) < 2, file=sys.stderr)
+
+        def finished(completion: Completion) -> None:
+            results.add(completion.request, records[completion.request], completion)
+            bar.update()
+            if script.stream and script.batch_size == 1:
+                print(
+                    f"\n--- {len(completion.tokens)} tokens, {completion.trace.total_forwards} forwards\n", flush=True
+                )
+
+        output = self.generate(
+            model,
+            [prompts[k] for k in todo],
+            options,
+            requests=todo,
+            seed=script.seed,
+            batch_size=script.batch_size,
+            tokenizer=tokenizer,
+            on_block=streamer,
+            on_finish=finished,
+        )
+        bar.close()
+        return output
