@@ -17,8 +17,8 @@ from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import Options, StandardOptions
 from shared import masks
 from shared.batch import Batch
-from shared.draft import Choice, Draft, How
 from shared.diagnose import first_broken_layer
+from shared.draft import Choice, Draft, How
 from shared.errors import UserError
 from shared.kv_cache import BlockCache
 from shared.options import Cache
