@@ -16,12 +16,12 @@ from torch import Tensor
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import Options, StandardOptions
 from shared import masks
-from shared.batch import Batch
+from shared.batch import Batch, Finished
 from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
 from shared.errors import UserError
 from shared.kv_cache import BlockCache
-from shared.options import Cache
+from shared.options import Acceptance, Cache
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
@@ -41,17 +41,28 @@ class Run:
     cache: BlockCache
     policy: Policy
     schedule: list[int]
-    verify_mask: Tensor
-    causal_mask: Tensor
+    causal_mask: Tensor  # [L, L]
+    causal_rows: Tensor  # [rows]: first masked position of each row's last draft (draft_ver)
 
     @property
     def cache_options(self) -> Cache:
         return getattr(self.options, "cache", Cache())
 
-    def forward(self, kind: str, rows: Sequence[int], ids: Tensor, positions: Tensor, mask, logits_at=None) -> Tensor:
+    @property
+    def acceptance(self) -> Acceptance:
+        return getattr(self.options, "acceptance", Acceptance())
+
+    @property
+    def whole_block_ratios(self) -> bool:
+        """Does acceptance look at positions outside the span?"""
+        return self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
+
+    def forward(
+        self, kind: str, rows: Sequence[int], ids: Tensor, positions: Tensor, mask, logits_at=None, ahead=None
+    ) -> Tensor:
         """One pass over ``ids [b, T]`` of ``rows``; logits with the mask token ruled out unless the options allow it."""
-        self.batch.count(kind, rows)
-        window = self.cache.window(ids.shape[1], rows)
+        self.batch.count(kind, set(rows))
+        window = self.cache.window(ids.shape[1], rows, ahead=ahead)
         logits = self.model(ids, positions, window, mask, logits_at=logits_at)
         if self.options.sampling.suppress_mask:
             logits[..., self.batch.mask_id] = float("-inf")
@@ -89,24 +100,21 @@ def decode(
     while prefill(run) or run.batch.active:
         rows = run.batch.active
         draft = propose(run, rows)
-        decision, picked = route(run, draft)
-        choice = verify(run, rows, draft, picked)
+        picked = route(run, draft)
+        choice, reach = verify(run, rows, draft, picked)
         fill_quota(run, rows, draft, choice)
-        run.policy.observe(draft, decision, choice.count)
-        finished = write(run, rows, draft, choice, decision)
+        run.policy.observe(draft, reach > 0, choice.count)
+        finished = write(run, rows, draft, choice, reach)
         if on_block:
-            for i, _ in finished:
-                on_block(run.batch.rows[i].request, run.batch.new_tokens(i))
-        ended = [i for i, stop in finished if run.batch.ends(i, stop)]
-        commit(run, draft, rows, [i for i, _ in finished if i not in ended or not options.savings.skip_last_commit])
-        run.batch.advance([i for i, _ in finished if i not in ended])
-        for i in ended:
-            completion = run.batch.retire(
-                i, trim=options.blocks.trim_stop_tokens, whole_blocks=options.blocks.round_to_blocks, decode=text_of
-            )
-            done[completion.request] = completion
-            if on_finish:
-                on_finish(completion)
+            for f in finished:
+                on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row))
+        commit(run, draft, rows, finished)
+        for f in finished:
+            if f.last:
+                completion = run.batch.retire(f.row, options.blocks, text_of)
+                done[completion.request] = completion
+                if on_finish:
+                    on_finish(completion)
     return Output(
         [done[k] for k in sorted(done)], time.perf_counter() - began, dict(run.batch.forwards), *_lossless(run.options)
     )
@@ -147,8 +155,8 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
         cache=model.new_cache(rows, batch.capacity + length),
         policy=policy,
         schedule=step_quota(length, blocks.denoising_steps),
-        verify_mask=masks.two_copy_verify(length, device),
         causal_mask=masks.token_causal(length, device),
+        causal_rows=torch.zeros(rows, dtype=torch.long, device=device),
     )
 
 
@@ -207,51 +215,89 @@ def prefill(run: Run) -> bool:
 
 
 def propose(run: Run, rows: list[int]) -> Draft:
-    """Denoise the current block of ``rows`` once and take a token and its confidence at every position."""
-    batch, sampling = run.batch, run.options.sampling
+    """Denoise the current block of ``rows`` once and take a token and its confidence at every position.
+
+    Finished blocks that still have to be committed ride along as further entries of the same forward: in each layer their keys are in the
+    cache before the drafts look.
+    """
+    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
     index = batch.index(rows)
     block = batch.block(index)
     masked = block == batch.mask_id
+    riders = [i for i in rows if batch.rows[i].uncommitted]
+    ride = batch.index(riders)
+    ids = torch.cat([block, batch.block(ride, back=length)])
+    positions = torch.cat([batch.positions(index), batch.positions(ride, back=length)])
+    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders)
     mask = None
-    if run.cache_options.draft_ver:
-        mask = masks.causal_until(masked.int().argmax(-1), batch.block_length)
-    logits = run.forward("draft", rows, block, batch.positions(index), mask)
+    if run.cache_options.draft_ver or (run.cache_options.cache_ver and riders):
+        first_masked = masked.int().argmax(-1) if run.cache_options.draft_ver else torch.zeros_like(index)
+        mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
+    logits = run.forward("draft", rows + riders, ids, positions, mask, ahead=ahead)[: len(rows)]
+    run.cache.commit([length] * len(riders), riders)
+    for i in riders:
+        batch.rows[i].uncommitted = False
+    run.causal_rows[index] = masked.int().argmax(-1)
     uniform = None
     if sampling.temperature >= GREEDY_BELOW:
-        uniform = batch.uniforms.take(index, batch.block_length, batch.block_length)
+        uniform = batch.uniforms.take(index, length, length)
     tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
     return Draft(index, block, masked, tokens, confidence, logits, batch.decoded[index], sampling)
 
 
-def route(run: Run, draft: Draft) -> tuple[Tensor, list[int]]:
-    """``(decision [b], rows of the draft to verify)``; reads the device only when the policy looks at the draft."""
-    decision = run.policy.decide(draft)
-    if run.policy.constant is not None:
-        return decision, list(range(len(decision))) if run.policy.constant else []
-    return decision, [k for k, verify in enumerate(decision.tolist()) if verify]
+@dataclass(frozen=True)
+class Picked:
+    """Rows of a draft to verify (indices into it), and how far: ``tokens`` of the block and ``queries`` mask tokens of the span."""
+
+    index: list[int]
+    tokens: int
+    queries: int
 
 
-def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> Choice:
-    """Verify the first masked span of the ``picked`` rows in one forward over [drafted block | L mask tokens] (S2D2, section 3)."""
-    choice = Choice.none(draft)
-    if picked:
-        batch, options, everyone = run.batch, run.options, len(picked) == len(rows)
-        index = batch.index(picked)
-        part = draft if everyone else draft.select(index)
-        filled = torch.where(part.masked, part.tokens, part.block)
-        ids = torch.cat([filled, torch.full_like(filled, batch.mask_id)], 1)
-        positions = batch.positions(part.rows).repeat(1, 2)
-        second_half = slice(batch.block_length, None)
-        logits = run.forward("verify", [rows[k] for k in picked], ids, positions, run.verify_mask, second_half)
-        verdict = judge(part, logits, options.acceptance, options.sampling, batch.uniforms)
-        chosen = verified_choice(part, verdict, options.acceptance)
-        if everyone:
-            choice = chosen
-        else:
-            choice.put(index, chosen)
-    if isinstance(run.options, Options) and run.options.acceptance.always_check_high_confidence:
+def route(run: Run, draft: Draft) -> Picked:
+    """Ask the policy, and measure the spans of the rows it picks. At most one packed read; none when neither looks at the draft."""
+    decision, length = run.policy.decide(draft), run.batch.block_length
+    whole = not run.options.savings.short_verify or run.whole_block_ratios
+    if run.policy.constant is False or (run.policy.constant and whole):
+        return Picked(list(range(len(decision))) if run.policy.constant else [], length, length)
+    span = draft.span.sum(-1)
+    read = torch.stack([decision.long(), draft.first_masked + span, span], 1).tolist()
+    index = [k for k, (verify, _, _) in enumerate(read) if verify]
+    if whole or not index:
+        return Picked(index, length, length)
+    return Picked(index, max(read[k][1] for k in index), max(read[k][2] for k in index))
+
+
+def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor]:
+    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick").
+
+    Returns the choice so far and ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
+    its length (0: row not verified).
+    """
+    choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
+    if picked.index:
+        batch, options, length = run.batch, run.options, run.batch.block_length
+        index = batch.index(picked.index)
+        part = draft if len(picked.index) == len(rows) else draft.select(index)
+        filled = torch.where(part.masked, part.tokens, part.block)[:, : picked.tokens]
+        short = picked.queries < length
+        queries = torch.arange(picked.queries, device=index.device).expand(len(index), -1)
+        if short:
+            queries = queries + part.first_masked[:, None]
+            queries = torch.where(queries < (part.first_masked + part.span.sum(-1))[:, None], queries, length)
+        ids = torch.cat([filled, torch.full_like(queries, batch.mask_id)], 1)
+        place = torch.cat([torch.arange(picked.tokens, device=index.device).expand_as(filled), queries], 1)
+        positions = batch.start[part.rows][:, None] + place.clamp(max=length - 1)
+        mask = masks.span_verify(queries, picked.tokens)
+        logits = run.forward(
+            "verify", [rows[k] for k in picked.index], ids, positions, mask, slice(picked.tokens, None)
+        )
+        verdict = judge(part, logits, queries, options.acceptance, options.sampling, batch.uniforms)
+        choice.put(index, verified_choice(part, verdict, options.acceptance))
+        reach[index] = part.first_masked + part.span.sum(-1) if options.savings.short_verify else length
+    if run.acceptance.always_check_high_confidence:
         take_confident(choice, draft, run.options.unmask)
-    return choice
+    return choice, reach
 
 
 def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
@@ -265,10 +311,10 @@ def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED, key)
 
 
-def write(run: Run, rows: list[int], draft: Draft, choice: Choice, decision: Tensor) -> list[tuple[int, bool]]:
+def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor) -> list[Finished]:
     """`Batch.write`; if the logits were not finite, say in which layer that began."""
     try:
-        return run.batch.write(rows, draft, choice, decision)
+        return run.batch.write(rows, draft, choice, reach)
     except FloatingPointError as error:
         positions = run.batch.positions(draft.rows)
         layer = first_broken_layer(
@@ -277,20 +323,36 @@ def write(run: Run, rows: list[int], draft: Draft, choice: Choice, decision: Ten
         raise FloatingPointError(f"{error}, first in {layer}") from None
 
 
-def commit(run: Run, draft: Draft, rows: list[int], finished: list[int]) -> None:
-    """Pass the final tokens of finished blocks through once and keep their keys and values."""
-    if not finished:
-        return
-    batch, options = run.batch, run.cache_options
-    index = batch.index(finished)
-    mask = None
-    if options.cache_ver:
-        mask = run.causal_mask
-    elif options.draft_ver:
-        place = batch.index([rows.index(i) for i in finished])
-        mask = masks.causal_until(draft.first_masked[place], batch.block_length)
-    run.forward("commit", finished, batch.block(index), batch.positions(index), mask, logits_at=slice(0, 0))
-    run.cache.commit([batch.block_length] * len(finished), finished)
+def commit_mask(run: Run, index: Tensor) -> Tensor:
+    """``[b, L, L]``: how the tokens of a finished block see each other when it is committed."""
+    length = run.batch.block_length
+    if run.cache_options.cache_ver:
+        return run.causal_mask.expand(len(index), length, length)
+    # The published draft_ver leaves the rows it made causal as they are, so the commit of a block inherits them.
+    until = run.causal_rows[index] if run.cache_options.draft_ver else torch.zeros_like(index)
+    return masks.causal_until(until, length)
+
+
+def commit(run: Run, draft: Draft, rows: list[int], finished: list[Finished]) -> None:
+    """Keep the keys and values of finished blocks: those of the verify forward where it saw the final tokens, else by a forward of the final
+    tokens, now or together with the next draft. Then move the rows on."""
+    savings, batch, length = run.options.savings, run.batch, run.batch.block_length
+    now = []
+    for f in finished:
+        if f.last and savings.skip_last_commit:
+            continue
+        if savings.reuse_verify and run.cache_options.cache_ver and f.verified_to == length:
+            run.cache.commit([length], [f.row])
+        elif savings.fuse_commit and not f.last:
+            batch.rows[f.row].uncommitted = True
+        else:
+            now.append(f.row)
+    if now:
+        index = batch.index(now)
+        mask = commit_mask(run, index) if run.cache_options.cache_ver or run.cache_options.draft_ver else None
+        run.forward("commit", now, batch.block(index), batch.positions(index), mask, logits_at=slice(0, 0))
+        run.cache.commit([length] * len(now), now)
+    batch.advance([f.row for f in finished if not f.last])
 
 
 def _lossless(options: StandardOptions) -> Lossless:

@@ -40,7 +40,14 @@ class Options(StandardOptions):
 
 
 # Every switch that makes a decode repeat the published code, forwards included.
-PUBLISHED = {"suppress_mask": False, "round_to_blocks": True, "skip_last_commit": False}
+PUBLISHED = {
+    "suppress_mask": False,
+    "round_to_blocks": True,
+    "skip_last_commit": False,
+    "fuse_commit": False,
+    "reuse_verify": False,
+    "short_verify": False,
+}
 
 _PAPER = {
     "remasking_strategy": "low_confidence_dynamic",

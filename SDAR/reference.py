@@ -68,15 +68,24 @@ class Reference:
         self.out.forwards["prefill"] += first > 0
         end = first
         for start in range(first, total, length):
-            self.block(start, len(prompt))
+            verified = self.block(start, len(prompt))
             end = start + length
             stopped = any(t in self.blocks.stopping_criteria_idx for t in self.x[len(prompt) : end])
             last = stopped or end == total
-            self.out.forwards["commit"] += not (last and self.options.savings.skip_last_commit)
+            self.out.forwards["commit"] += self.commit_costs_a_forward(last, verified)
             if last:
                 break
         self.out.tokens = self.trimmed(len(prompt), end, total)
         return self.out
+
+    def commit_costs_a_forward(self, last: bool, verified: bool) -> bool:
+        """Does keeping a finished block take a forward of its own? ``verified``: a causal forward over its final tokens just happened."""
+        savings = self.options.savings
+        if last:
+            return not savings.skip_last_commit and not (
+                savings.reuse_verify and verified and self.cache_options.cache_ver
+            )
+        return not savings.fuse_commit and not (savings.reuse_verify and verified and self.cache_options.cache_ver)
 
     def trimmed(self, prompt: int, end: int, total: int) -> list[int]:
         whole = self.blocks.round_to_blocks
@@ -94,8 +103,8 @@ class Reference:
             logits[:, self.blocks.mask_id] = float("-inf")
         return logits
 
-    def block(self, start: int, prompt_length: int) -> None:
-        """Decode ``x[start : start + L]``."""
+    def block(self, start: int, prompt_length: int) -> bool:
+        """Decode ``x[start : start + L]``. True if the last step's verify forward saw the block as it is now."""
         length, steps = self.blocks.block_length, self.blocks.denoising_steps
         schedule = [max(1, length // steps + (s < length % steps)) for s in range(steps)]
         decoded_so_far = 0
@@ -121,7 +130,8 @@ class Reference:
                 if self.cache_options.cache_ver:
                     for i in range(start, start + length):
                         self.seen[i, i + 1 :] = False
-                return
+                whole = step.span[-1] == length - 1 or not self.options.savings.short_verify
+                return verified and whole and all(step.tokens[i] == t for i, t in chosen.items())
         raise RuntimeError(f"block at {start}: masks left after {2 * steps} steps")
 
     @property

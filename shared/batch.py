@@ -11,11 +11,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shared.draft import Choice, Draft, How
+from shared.options import Blocks
 from shared.output import Completion
 from shared.trace import Trace
 from shared.uniforms import Uniforms
@@ -32,7 +34,17 @@ class Row:
     began: float
     step: int = 0  # iterations spent in the current block
     iterations: int = 0
+    uncommitted: bool = False  # the block before the current one still has to be committed
     forwards: Counter = field(default_factory=Counter)
+
+
+class Finished(NamedTuple):
+    """A row whose block has no masks left. ``last``: the text ends with it. ``verified_to``: how many of its tokens, in their final form, this
+    step's verify forward was conditioned on (0: none, or not in their final form)."""
+
+    row: int
+    last: bool
+    verified_to: int
 
 
 class Batch:
@@ -105,13 +117,13 @@ class Batch:
         """``rows`` as a device tensor ``[b]``."""
         return torch.tensor(list(rows), dtype=torch.long).to(self.tokens.device, non_blocking=True)
 
-    def positions(self, rows: Tensor) -> Tensor:
-        """``[b, L]``: absolute positions of the current block of ``rows [b]``."""
-        return self.start[rows][:, None] + self._place
+    def positions(self, rows: Tensor, back: int = 0) -> Tensor:
+        """``[b, L]``: absolute positions of the current block of ``rows [b]``, or of the block ``back`` positions before it."""
+        return (self.start[rows] - back)[:, None] + self._place
 
-    def block(self, rows: Tensor) -> Tensor:
-        """``[b, L]``: ids of the current block."""
-        return self.tokens[rows[:, None], self.positions(rows)]
+    def block(self, rows: Tensor, back: int = 0) -> Tensor:
+        """``[b, L]``: ids of that block."""
+        return self.tokens[rows[:, None], self.positions(rows, back)]
 
     def count(self, kind: str, rows: Sequence[int]) -> None:
         """One forward of this kind over these rows."""
@@ -125,10 +137,10 @@ class Batch:
         due = [schedule[s % len(schedule)] for s in steps]
         return self.index(due), self.index([s >= len(schedule) for s in steps]).bool()
 
-    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, verified: Tensor) -> list[tuple[int, bool]]:
-        """Write the step's choice into canvas and trace. Returns ``(row, saw a stop token)`` of rows whose block is now finished.
+    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, reach: Tensor) -> list[Finished]:
+        """Write the step's choice into canvas and trace; returns the rows whose block is now finished.
 
-        This is the step's one packed read. ``verified [b]``: rows whose span went through the verifier.
+        This is the step's one packed read. ``reach [b]``: how many tokens of the drafted block the verifier saw (0: not verified).
         """
         index, positions = draft.rows, self.positions(draft.rows)
         take, at = choice.take, (draft.rows[:, None], positions)
@@ -141,17 +153,21 @@ class Batch:
             )
         self.confidence[at] = torch.where(take, draft.confidence, self.confidence[at])
         accepted = (choice.how == How.ACCEPTED).sum(-1)
-        self.spans[index, :, self.iteration[index]] = torch.stack([draft.span.sum(-1), accepted], 1) * verified[:, None]
+        self.spans[index, :, self.iteration[index]] = (
+            torch.stack([draft.span.sum(-1), accepted], 1) * (reach > 0)[:, None]
+        )
         self.iteration[index] += 1
         self.decoded[index] += choice.count
         left = (block == self.mask_id).sum(-1)
         stop = (torch.isin(block, self._stops) & (positions >= self.prompt_length[index][:, None])).any(-1)
         broken = ~torch.isfinite(draft.confidence).all(-1)
-        return self._settle(rows, torch.stack([left, stop.long(), broken.long()], 1).tolist())
+        as_drafted = ~(take & (choice.tokens != draft.tokens)).any(-1)
+        packed = torch.stack([left, stop.long(), broken.long(), reach * as_drafted], 1)
+        return self._settle(rows, packed.tolist())
 
-    def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[tuple[int, bool]]:
+    def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
         finished = []
-        for i, (left, stop, broken) in zip(rows, read, strict=True):
+        for i, (left, stop, broken, verified_to) in zip(rows, read, strict=True):
             row = self.rows[i]
             row.step += 1
             row.iterations += 1
@@ -159,16 +175,13 @@ class Batch:
             if broken:
                 raise FloatingPointError(f"{where}: the draft logits hold NaN or infinity")
             if left == 0:
-                finished.append((i, bool(stop)))
+                last = bool(stop) or row.start + self.block_length >= row.total
+                finished.append(Finished(i, last, verified_to))
             elif row.step >= 2 * self.steps:
                 raise RuntimeError(
                     f"{where}: {left} positions still masked after twice the {self.steps} denoising steps"
                 )
         return finished
-
-    def ends(self, i: int, stop: bool) -> bool:
-        """Does the text of row ``i`` end with its current, finished block?"""
-        return stop or self.rows[i].start + self.block_length >= self.rows[i].total
 
     def advance(self, rows: Sequence[int]) -> None:
         """Move rows to their next block."""
@@ -185,9 +198,7 @@ class Batch:
         first = max(row.start, len(row.prompt))
         return self.tokens[i, first : row.start + self.block_length].tolist()
 
-    def retire(
-        self, i: int, *, trim: bool, whole_blocks: bool, decode: Callable[[list[int]], str] | None
-    ) -> Completion:
+    def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
         """Take row ``i``'s finished text off the batch (one device read)."""
         row, end = self.rows[i], self.rows[i].start + self.block_length
         self.rows[i] = None
@@ -198,8 +209,9 @@ class Batch:
                 f"request {row.request} used {used} uniforms, only {self.uniforms.available(row.request)} exist"
             )
         length = len(row.prompt)
-        tokens = ids[length : row.total] if whole_blocks and not trim else ids[length:end]
-        if not whole_blocks:
+        whole, trim = blocks.round_to_blocks, blocks.trim_stop_tokens
+        tokens = ids[length : row.total] if whole and not trim else ids[length:end]
+        if not whole:
             tokens = tokens[: self.max_new_tokens]
         if trim:
             tokens = tokens[: next((k for k, t in enumerate(tokens) if t in self.stop_ids), len(tokens))]

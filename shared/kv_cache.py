@@ -63,35 +63,50 @@ class BlockCache:
         self.length.copy_(torch.tensor(self.lengths), non_blocking=True)
 
     def window(
-        self, tokens: int, rows: Sequence[int] | None = None, *, offset: int = 0, width: int | None = None
+        self,
+        tokens: int,
+        rows: Sequence[int] | None = None,
+        *,
+        ahead: Sequence[int] | None = None,
+        offset: int = 0,
+        width: int | None = None,
     ) -> Window:
         """Where one forward over ``tokens`` tokens of ``rows`` writes and what it sees. See `Window`."""
-        return Window(self, tokens, rows, offset, width)
+        rows = range(len(self.lengths)) if rows is None else rows
+        return Window(self, tokens, rows, [0] * len(rows) if ahead is None else ahead, offset, width)
 
 
 class Window:
-    """One forward's place in the cache.
+    """One forward's place in the cache: ``b`` entries of ``tokens`` tokens each.
 
-    Row ``i`` writes at ``[length_i + offset, length_i + offset + tokens)`` and attends to ``[0, length_i)`` plus the local
-    slots ``[length_i, length_i + width)``; ``width`` is ``offset + tokens`` unless a sub-block decoder keeps its whole block visible.
+    Entry ``i`` belongs to row ``rows[i]`` and has the prefix ``[0, length + ahead[i])``. It writes at ``[prefix + offset, prefix + offset + tokens)``
+    and attends to its prefix plus the local slots ``[prefix, prefix + width)``; ``width`` is ``offset + tokens`` unless a sub-block
+    decoder keeps its whole block visible. ``ahead`` is for two entries of one row in one forward: in every layer all keys are written before any
+    query looks, so an entry with ``ahead = L`` sees the block that another entry of its row is writing at ``ahead = 0``.
     """
 
-    def __init__(self, cache: BlockCache, tokens: int, rows: Sequence[int] | None, offset: int, width: int | None):
-        self.cache = cache
-        self.tokens = tokens
+    def __init__(
+        self,
+        cache: BlockCache,
+        tokens: int,
+        rows: Sequence[int],
+        ahead: Sequence[int],
+        offset: int,
+        width: int | None,
+    ):
+        self.cache, self.tokens = cache, tokens
         self.width = offset + tokens if width is None else width
-        everyone = rows is None or list(rows) == list(range(len(cache.lengths)))
-        lengths = cache.lengths if everyone else [cache.lengths[r] for r in rows]
+        prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
         device = cache.length.device
-        self.rows = None if everyone else torch.tensor(list(rows), device=device)
-        self.prefix = cache.length if everyone else cache.length[self.rows]
-        self.extent = max(lengths) + self.width
-        self.uniform = min(lengths) == max(lengths)
+        everyone = list(rows) == list(range(len(cache.lengths)))
+        self.rows = None if everyone else torch.tensor(list(rows)).to(device, non_blocking=True)
+        self.prefix = torch.tensor(prefixes).to(device, non_blocking=True)
+        self.extent = max(prefixes) + self.width
+        self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:
             raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
-        first = self.prefix + offset
-        self._slots = first[:, None] + torch.arange(tokens, device=device)
-        self._first = lengths[0] + offset if self.uniform and everyone else None
+        self._slots = self.prefix[:, None] + offset + torch.arange(tokens, device=device)
+        self._first = prefixes[0] + offset if self.uniform and everyone else None
         self._mask: tuple[Tensor | None, Tensor | None] | None = None
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

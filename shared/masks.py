@@ -33,6 +33,21 @@ def two_copy_verify(block_length: int, device: torch.device | str = "cpu") -> Te
     return torch.cat([torch.cat([causal, nothing], 1), torch.cat([causal & ~own, own], 1)], 0)
 
 
+def span_verify(queries: Tensor, tokens: int) -> Tensor:
+    """``[B, E + M, E + M]`` mask of a verify forward over [first E tokens of the drafted block | M mask queries].
+
+    ``queries [B, M]`` are the in-block positions the mask tokens stand at. As in `two_copy_verify`, a drafted token sees drafted tokens up to
+    itself, a query at position ``p`` sees drafted tokens ``j < p`` and itself. ``two_copy_verify(L)`` is the case ``E = M = L``.
+    """
+    rows, count = queries.shape
+    place = torch.arange(tokens, device=queries.device)
+    allowed = torch.zeros(rows, tokens + count, tokens + count, dtype=torch.bool, device=queries.device)
+    allowed[:, :tokens, :tokens] = token_causal(tokens, queries.device)
+    allowed[:, tokens:, :tokens] = place < queries[:, :, None]
+    allowed[:, tokens:, tokens:] = torch.eye(count, dtype=torch.bool, device=queries.device)
+    return allowed
+
+
 def causal_until(first_masked: Tensor, block_length: int) -> Tensor:
     """``[B, L, L]``: rows before ``first_masked [B]`` are token-causal, the others see the whole block (``draft_ver``)."""
     causal = token_causal(block_length, first_masked.device)

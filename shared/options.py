@@ -182,6 +182,9 @@ class Savings:
     """Switches that change how many forwards a text costs, never the text."""
 
     skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
+    fuse_commit: bool = option(True, "a finished block is committed in the forward of the next block's first draft")
+    reuse_verify: bool = option(True, "with cache_ver, a verify that saw the final tokens of a block is its commit")
+    short_verify: bool = option(True, "verify the block up to the span's end, with mask queries for the span only")
 
     def __post_init__(self):
         check(self)

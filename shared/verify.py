@@ -37,10 +37,9 @@ def split_at_first_failure(failed: Tensor, span: Tensor) -> tuple[Tensor, Tensor
     return span & (failures == 0), failed & span & (failures == 1)
 
 
-def acceptance_ratio(draft: Draft, target: Tensor, tempering: float) -> Tensor:
-    """``min(1, (q / p) ** tempering)`` of each drafted token, ``[b, L]``; ``target [b, L, V]`` are probabilities ``q``."""
-    q = target.gather(-1, draft.tokens[..., None])[..., 0]
-    ratio = q / draft.confidence.clamp_min(1e-12)
+def acceptance_ratio(q: Tensor, p: Tensor, tempering: float) -> Tensor:
+    """``min(1, (q / p) ** tempering)`` of drafted tokens, from their probabilities under verifier and drafter."""
+    ratio = q / p.clamp_min(1e-12)
     return (ratio if tempering == 1.0 else ratio**tempering).clamp(max=1.0)
 
 
@@ -53,30 +52,41 @@ def residual(target: Tensor, draft_probs: Tensor) -> Tensor:
 
 
 def judge(
-    draft: Draft, verifier_logits: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms
+    draft: Draft, verifier_logits: Tensor, queries: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms
 ) -> Verdict:
-    """Accept or reject the span of every row. ``verifier_logits [b, L, V]``: row ``i`` is the block-size-one law of position ``i``.
+    """Accept or reject the span of every row.
 
-    The random rule takes one uniform per span position, all before any is used, then one more in rows with a rejection to replace.
+    ``verifier_logits [b, M, V]``: block-size-one logits of the in-block positions ``queries [b, M]``, ascending, which cover the span (a query of
+    ``L`` is padding). The random rule takes one uniform per span position, all before any is used, then one more in rows with a rejection to
+    replace.
     """
+    length = draft.tokens.shape[1]
+    at = queries.clamp(max=length - 1)
+    in_span = draft.span.gather(1, at) & (queries < length)
+    tokens = draft.tokens.gather(1, at)
     target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
-    ratio = acceptance_ratio(draft, target, options.ssd_ratio_tempering_factor)
+    q = target.gather(-1, tokens[..., None])[..., 0]
+    ratio = acceptance_ratio(q, draft.confidence.gather(1, at), options.ssd_ratio_tempering_factor)
+
+    def in_block(values: Tensor) -> Tensor:
+        """``[b, M]`` at the queries -> ``[b, L]`` at their positions, zero elsewhere."""
+        room = torch.zeros(len(values), length + 1, dtype=values.dtype, device=values.device)
+        return room.scatter(1, queries, values)[:, :length]
+
     if options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW:
         best = verifier_logits.argmax(-1)
-        accepted, rejected = split_at_first_failure(draft.tokens != best, draft.span)
-        return Verdict(accepted, rejected, best, ratio)
-    length = draft.span.sum(-1)
-    in_span = torch.arange(ratio.shape[1], device=ratio.device) - draft.first_masked[:, None]
-    numbers = uniforms.take(draft.rows, ratio.shape[1], length)
-    numbers = numbers.gather(1, in_span.clamp(0, ratio.shape[1] - 1))
-    accepted, rejected = split_at_first_failure(numbers >= ratio, draft.span)
-    if not options.allow_resample:
-        return Verdict(accepted, rejected, None, ratio)
-    at = rejected.int().argmax(-1)
-    pick = torch.arange(len(at), device=at.device)
-    law = residual(target[pick, at], draft.log_weights[pick, at].softmax(-1))
-    drawn = inverse_cdf(law, uniforms.take(draft.rows, 1, rejected.any(-1))[:, 0])
-    return Verdict(accepted, rejected, drawn[:, None].expand_as(draft.tokens), ratio)
+        accepted, rejected = split_at_first_failure(tokens != best, in_span)
+        return Verdict(in_block(accepted), in_block(rejected), in_block(best), in_block(ratio))
+    numbers = uniforms.take(draft.rows, length, draft.span.sum(-1))
+    numbers = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1))
+    accepted, rejected = split_at_first_failure(numbers >= ratio, in_span)
+    replacement = None
+    if options.allow_resample:
+        pick, m = torch.arange(len(tokens), device=tokens.device), rejected.int().argmax(-1)
+        law = residual(target[pick, m], draft.log_weights[pick, at[pick, m]].softmax(-1))
+        drawn = inverse_cdf(law, uniforms.take(draft.rows, 1, rejected.any(-1))[:, 0])
+        replacement = drawn[:, None].expand_as(draft.tokens)
+    return Verdict(in_block(accepted), in_block(rejected), replacement, in_block(ratio))
 
 
 def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance) -> Choice:

@@ -42,7 +42,7 @@ PLAIN = {
     "blocksum": {"remasking_strategy": "entropy_bounded_blocksum", "eb_threshold": 4.0},
     "block1": {"block_length": 1},
     "block16": {"block_length": 16, "round_to_blocks": True, "trim_stop_tokens": False},
-    "commit-last": {"skip_last_commit": False},
+    "commit-last": {"skip_last_commit": False, "fuse_commit": False},
 }
 SCORE = {"do_verify_policy": "score_threshold", "do_verify_score_type": "difference_static", "score_penalty_coef": 0.8}
 SPECULATIVE = {
@@ -78,6 +78,7 @@ SPECULATIVE = {
     "never-sequential": {"do_verify_policy": "never", "remasking_strategy": "sequential", "denoising_steps": 3},
     "entropy-capped": {"min_ssd_span_length": 5, "remasking_strategy": "entropy_bounded", "eb_threshold": 3.0, "denoising_steps": 3},
 }  # fmt: skip
+UNSAVED = {"skip_last_commit": False, "fuse_commit": False, "reuse_verify": False, "short_verify": False}
 EVERY = [("plain", n, f) for n, f in PLAIN.items()] + [("speculative", n, f) for n, f in SPECULATIVE.items()]
 each_setting = pytest.mark.parametrize(
     ("decoder", "flat"), [pytest.param(d, {**BASE, **f}, id=f"{d}-{n}") for d, n, f in EVERY]
@@ -87,6 +88,28 @@ each_setting = pytest.mark.parametrize(
 @each_setting
 def test_equals_reference(decoder, flat):
     checks.check_equals_reference(family(), decoder, flat, checks.draw_prompts(5, seed=1))
+
+
+@pytest.mark.parametrize("saving", UNSAVED)
+@each_setting
+def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
+    """Each saving alone, against none: same ids, same steps; never more forwards, and fewer where it applies."""
+    prompts = checks.draw_prompts(4, seed=8)
+    plain = family().run(decoder, prompts, {**flat, **UNSAVED}, seed=5)
+    saved = family().run(decoder, prompts, {**flat, **UNSAVED, saving: True}, seed=5)
+    assert saved.tokens == plain.tokens
+    assert [c.trace.order() for c in saved.completions] == [c.trace.order() for c in plain.completions]
+    before, after = plain.forwards, saved.forwards
+    assert all(after[k] == before[k] for k in ("prefill", "draft", "verify"))
+    if saving in ("skip_last_commit", "fuse_commit") or (saving == "reuse_verify" and flat.get("cache_ver") and flat.get("acceptance") == "exact"):
+        assert after["commit"] < before["commit"]
+    else:
+        assert after["commit"] <= before["commit"]
+
+
+@each_setting
+def test_unsaved_equals_reference(decoder, flat):
+    checks.check_equals_reference(family(), decoder, {**flat, **UNSAVED}, checks.draw_prompts(2, seed=9))
 
 
 @each_setting

@@ -1,0 +1,1 @@
+"""Measuring decoders: quality against cost, on tasks that ship with the repository."""

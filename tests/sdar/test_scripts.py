@@ -1,0 +1,154 @@
+"""The example scripts as a user meets them: on the shipped checkpoint, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import sdar
+from sdar import generate, generate_ssd_policy
+
+TINY = Path(sdar.__file__).parent / "tiny"
+FAST = ["--max_new_tokens", "24", "--device", "cpu"]
+
+
+def run(argv: list[str], script=generate_ssd_policy.SCRIPT) -> None:
+    script.main([*FAST, *argv])
+
+
+def refused(capsys, argv: list[str], script=generate_ssd_policy.SCRIPT) -> str:
+    """The one line a bad command prints. Exit code 2, nothing on standard output."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(argv)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert stop.value.code == 2
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert "forwards" not in out
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt", "   "], "empty"),
+        (["--prompt", "one two " * 3000], "Allowed: "),
+        (["--block_lenght", "4"], "did you mean block_length"),
+        (["--do_verify_policy", "score_treshold"], "did you mean score_threshold"),
+        (
+            ["--do_verify_policy", "score_hysteresis", "--hysteresis_threshold_on", "-2"],
+            "above hysteresis_threshold_off",
+        ),
+        (["--block_length", "0"], "block_length is 0. Allowed: at least 1"),
+        (["--denoising_steps", "0"], "denoising_steps is 0. Allowed: at least 1"),
+        (["--confidence_threshold", "7"], "confidence_threshold is 7.0. Allowed: at least 0.0 and at most 1.0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--temperature", "hot"], "temperature is 'hot'"),
+        (["--model", "/no/such/checkpoint"], "no such folder"),
+        (["--mask_id", "99999999"], "outside the vocabulary"),
+        (["--stopping_criteria_idx", "-5"], "outside the vocabulary"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--dtype", "int3"], "dtype 'int3'"),
+        (["--preset", "paper"], "did you mean paper-"),
+        (["--prompt", "a", "--prompt_file", "b"], "one of them"),
+        (["--block_length"], "expected"),
+        (["--acceptance", "exact", "--no_resample"], "allow_resample is False"),
+        (["--temperature", "1", "--verify_temperature", "0.5"], "verify_temperature"),
+    ],
+    ids=lambda a: " ".join(a)[:40] if isinstance(a, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, message):
+    assert message in refused(capsys, argv)
+
+
+def test_plain_decoding_has_no_speculation_flags(capsys):
+    assert "unknown flag 'cache_ver'" in refused(capsys, ["--cache_ver"], generate.SCRIPT)
+
+
+def test_broken_prompt_file(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "What is 2 + 2?"}\n{"prompt": \n')
+    assert "line 2: broken JSON" in refused(capsys, ["--prompt_file", str(path)])
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def test_missing_tensor(capsys, copy):
+    state = load_file(copy / "model.safetensors")
+    del state["model.layers.1.self_attn.k_norm.weight"]
+    save_file(state, copy / "model.safetensors")
+    assert "lacks model.layers.1.self_attn.k_norm.weight" in refused(capsys, ["--model", str(copy)])
+
+
+def test_other_weight_formats_are_not_loaded(capsys, copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "no model.safetensors" in refused(capsys, ["--model", str(copy)])
+
+
+def test_a_run_that_was_cut_short_resumes(capsys, tmp_path):
+    """Results of finished texts survive; a second run decodes the rest and gives what one run would have given."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {k} + 3?", "id": k}) + "\n" for k in range(4)))
+    argv = ["--prompt_file", str(prompts), "--batch_size", "2", "--acceptance", "published", "--output_dir"]
+    run([*argv, str(tmp_path / "whole")])
+    whole = {r["index"]: r for r in map(json.loads, (tmp_path / "whole/outputs.jsonl").read_text().splitlines())}
+    assert sorted(whole) == [0, 1, 2, 3]
+    assert whole[3]["id"] == 3
+    run([*argv, str(tmp_path / "cut")])
+    lines = (tmp_path / "cut/outputs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut/outputs.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
+    capsys.readouterr()
+    run([*argv, str(tmp_path / "cut")])
+    assert "2 of 4 texts are in" in capsys.readouterr().out
+    again = {r["index"]: r for r in map(json.loads, (tmp_path / "cut/outputs.jsonl").read_text().splitlines())}
+    assert {k: r["token_ids"] for k, r in again.items()} == {k: r["token_ids"] for k, r in whole.items()}
+    assert "other settings" in refused(capsys, [*FAST, *argv, str(tmp_path / "cut"), "--seed", "1"])
+
+
+def test_stream_prints_what_batch_prints(capsys):
+    run(["--prompt", "What is 2 + 2?"])
+    text = capsys.readouterr().out.split("=== text 0\n")[1].split("\n\ndecoder")[0].strip()
+    run(["--prompt", "What is 2 + 2?", "--stream"])
+    streamed = capsys.readouterr().out
+    assert text
+    assert text in streamed
+
+
+def test_forward_stats_and_trace_file(capsys, tmp_path):
+    run(
+        [
+            "--prompt",
+            "What is 2 + 2?",
+            "--forward_stats",
+            "--draft_ver",
+            "--cache_ver",
+            "--trace",
+            str(tmp_path / "t.json"),
+        ]
+    )
+    out = capsys.readouterr().out
+    (trace,) = json.loads((tmp_path / "t.json").read_text())
+    assert "step    0 |" in out
+    assert f"forwards: {sum(trace['forwards'].values())} " in out
+    assert len(trace["step_of"]) == len(trace["token_ids"])
+
+
+def test_prompt_length_truncates(capsys):
+    run(["--prompt", "one two " * 3000, "--prompt_length", "32"])
+    assert "this run" in capsys.readouterr().out
+
+
+def test_demo_compares_three_decoders(capsys):
+    run([])
+    out = capsys.readouterr().out
+    for name in ("this run", "plain diffusion", "block size one (AR)", "lossless: "):
+        assert name in out
