@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
+from shared.distributed import World
 from shared.errors import UserError, unknown_name
 from shared.loading import checkpoint_folder, load_tokenizer, resolve_device
 from shared.options import ALIASES, FlatOptions, check, coerce, option
@@ -135,29 +136,44 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
 
 
 class Results:
-    """``outputs.jsonl`` in a folder: one line a finished text, flushed at once; a later run skips what is there."""
+    """``outputs.jsonl`` in a folder: one line a finished text, flushed at once; a later run skips what is there.
 
-    def __init__(self, folder: str | None, run: dict):
-        self.file, self.done = None, set()
-        if folder is None:
+    Nothing is written before the first text is finished. With several processes each has a file of its own, ``outputs.rank1.jsonl`` and so on.
+    """
+
+    def __init__(self, folder: str | None, run: dict, rank: int = 0):
+        self.file, self.done, self.run = None, set(), run
+        self.root = None if folder is None else Path(folder)
+        if self.root is None:
             return
-        root, settings = Path(folder), Path(folder) / "run.json"
-        root.mkdir(parents=True, exist_ok=True)
+        settings = self.root / "run.json"
         if settings.is_file() and json.loads(settings.read_text()) != run:
             raise UserError(
                 f"output_dir {folder!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
             )
-        settings.write_text(json.dumps(run, indent=1) + "\n")
-        path = root / "outputs.jsonl"
-        kept = path.read_bytes() if path.is_file() else b""
-        kept = kept[: kept.rfind(b"\n") + 1]  # a killed run may leave half a line
-        path.write_bytes(kept)
-        self.done = {json.loads(line)["index"] for line in kept.splitlines()}
-        self.file = path.open("a", encoding="utf-8")
+        self.path = self.root / (f"outputs.rank{rank}.jsonl" if rank else "outputs.jsonl")
+        for path in self.root.glob("outputs*.jsonl"):
+            self.done |= {json.loads(line)["index"] for line in self._whole_lines(path).splitlines()}
+
+    @staticmethod
+    def _whole_lines(path: Path) -> bytes:
+        """The file less half a last line, which a killed run may leave."""
+        kept = path.read_bytes()
+        return kept[: kept.rfind(b"\n") + 1]
+
+    def _open(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
+        if self.path.is_file():
+            self.path.write_bytes(self._whole_lines(self.path))
+        self.file = self.path.open("a", encoding="utf-8")
 
     def add(self, index: int, record: dict, completion: Completion) -> None:
-        if self.file is None:
+        """Append a finished text."""
+        if self.root is None:
             return
+        if self.file is None:
+            self._open()
         line = {
             "index": index,
             **record,
@@ -259,19 +275,26 @@ class Script:
         script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped)
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
+        world = World.from_environment()
         source = script.model or str(self.folder / "tiny")
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
             script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
         )
-        model = self.model_class.from_pretrained(source, dtype=script.dtype, device=resolve_device(script.device))
-        print(f"{self.title} | {source} | preset {preset or 'none'} | {model.device.type}, {str(model.dtype)[6:]}\n")
-        output = self.decode(script, options, model, tokenizer, records, prompts, source)
+        model = self.model_class.from_pretrained(
+            source, dtype=script.dtype, device=resolve_device(world.device(script.device))
+        )
+        if world.rank == 0:
+            print(
+                f"{self.title} | {source} | preset {preset or 'none'} | {model.device.type}, {str(model.dtype)[6:]}\n"
+            )
+        output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
         if output is None:
             return
         print_texts(script, output, tokenizer)
         rows = {"this run": output}
-        if script.compare or (script.compare is None and script.prompt is None and script.prompt_file is None):
+        unasked = script.compare is None and script.prompt is None and script.prompt_file is None and world.size == 1
+        if script.compare or unasked:
             for name, (generate, rival) in self.rivals(options).items():
                 call = {"seed": script.seed, "batch_size": script.batch_size, "tokenizer": tokenizer}
                 rows[name] = generate(model, prompts, rival, **call)
@@ -282,8 +305,8 @@ class Script:
         print(format_comparison(rows, solved))
         print(f"\nlossless: {'yes' if output.lossless else 'no'} ({output.lossless_reason})")
 
-    def decode(self, script, options, model, tokenizer, records, prompts, source) -> Output | None:
-        """Decode what is not on disk yet, printing or storing each text as it finishes."""
+    def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
+        """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
         run = {
             "model": source,
             "decoder": self.title,
@@ -291,15 +314,17 @@ class Script:
             "options": options.to_flat(),
             "prompts": prompts,
         }
-        results = Results(script.output_dir, run)
-        todo = [k for k in range(len(prompts)) if k not in results.done]
-        if results.done:
+        results = Results(script.output_dir, run, world.rank)
+        todo = [k for k in world.share(range(len(prompts))) if k not in results.done]
+        if results.done and world.rank == 0:
             print(f"{len(results.done)} of {len(prompts)} texts are in {script.output_dir} already")
         if not todo:
             return None
         _, stop_ids = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
         streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1) if script.stream else None
-        bar = tqdm(total=len(todo), unit="text", disable=script.stream or len(todo) < 2, file=sys.stderr)
+        bar = tqdm(
+            total=len(todo), unit="text", disable=script.stream or len(todo) < 2 or world.rank > 0, file=sys.stderr
+        )
 
         def finished(completion: Completion) -> None:
             results.add(completion.request, records[completion.request], completion)

@@ -101,7 +101,9 @@ def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
     assert [c.trace.order() for c in saved.completions] == [c.trace.order() for c in plain.completions]
     before, after = plain.forwards, saved.forwards
     assert all(after[k] == before[k] for k in ("prefill", "draft", "verify"))
-    if saving in ("skip_last_commit", "fuse_commit") or (saving == "reuse_verify" and flat.get("cache_ver") and flat.get("acceptance") == "exact"):
+    if saving in ("skip_last_commit", "fuse_commit") or (
+        saving == "reuse_verify" and flat.get("cache_ver") and flat.get("acceptance") == "exact"
+    ):
         assert after["commit"] < before["commit"]
     else:
         assert after["commit"] <= before["commit"]

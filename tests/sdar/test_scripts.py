@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,25 @@ def test_demo_compares_three_decoders(capsys):
     out = capsys.readouterr().out
     for name in ("this run", "plain diffusion", "block size one (AR)", "lossless: "):
         assert name in out
+
+
+def test_two_processes_give_what_one_gives(capsys, tmp_path):
+    """``torchrun`` data parallel: same texts, every prompt once, one report."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {k} + 3?"}) + "\n" for k in range(5)))
+    argv = [*FAST, "--prompt_file", str(prompts), "--batch_size", "2", "--acceptance", "published", "--output_dir"]
+    generate_ssd_policy.SCRIPT.main([*argv, str(tmp_path / "one")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(Path(sdar.__file__).parent / "generate_ssd_policy.py"), *argv, str(tmp_path / "two")]
+    two = subprocess.run(
+        [*torchrun, *script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("this run") == 1
+    ids = [
+        {r["index"]: r["token_ids"] for f in (tmp_path / d).glob("outputs*.jsonl") for r in map(json.loads, f.open())}
+        for d in ("one", "two")
+    ]
+    assert sorted(ids[1]) == [0, 1, 2, 3, 4]
+    assert ids[0] == ids[1]
+    assert (tmp_path / "two/outputs.rank1.jsonl").is_file()
