@@ -23,7 +23,7 @@ def attend_repeated(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 
 @contextmanager
 def fused_attention(model) -> Iterator[None]:
-    """Within it, a model on a GPU uses `attend_repeated` with the memory-efficient kernel. Elsewhere nothing changes."""
+    """Within it, a model on a GPU uses `attend_repeated` and the memory-efficient kernel; elsewhere nothing changes."""
     if model.device.type != "cuda":
         yield
         return

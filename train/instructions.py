@@ -50,7 +50,7 @@ def _listing(rng: Random) -> Body:
 
 
 def _repeat(rng: Random) -> Body:
-    word, count, separator = rng.choice(WORDS), rng.randint(2, 12), rng.choice(list(SEPARATORS))
+    word, count, separator = rng.choice(WORDS), rng.randint(2, 8), rng.choice(list(SEPARATORS))
     prompt = f"Repeat the word {word} {count} times, separated by {separator}."
     items = [word] * count
     return (
@@ -131,11 +131,12 @@ def _numbered(rng: Random) -> Body:
 
 
 BODIES = [_listing, _repeat, _ends_with, _lines, _json_object, _sorting, _counting, _numbered]
+BODY_WEIGHTS = [18, 12, 12, 10, 15, 15, 8, 10]
 
 
 def sample(rng: Random) -> Problem:
     """A body, with an opening line in a quarter of the exercises and a closing line in another quarter or both."""
-    prompt, solution, rules = rng.choice(BODIES)(rng)
+    prompt, solution, rules = rng.choices(BODIES, BODY_WEIGHTS)[0](rng)
     if rng.random() < 0.25:
         opening = rng.choice(OPENINGS)
         prompt, solution = f'{prompt} Begin with "{opening}" on its own line.', f"{opening}\n{solution}"

@@ -16,7 +16,7 @@ from train.problem import Problem, Task
 
 HELD_OUT_ONE_IN = 64
 TASKS: dict[str, Task] = {task.name: task for task in (word_problems.TASK, functions.TASK, instructions.TASK)}
-WEIGHTS = {"word_problems": 0.5, "functions": 0.25, "instructions": 0.25}
+WEIGHTS = {"word_problems": 0.55, "functions": 0.15, "instructions": 0.30}
 
 
 def task_named(name: str) -> Task:

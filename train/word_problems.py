@@ -1,4 +1,4 @@
-"""Arithmetic word problems in two to five worked steps.
+"""Arithmetic word problems in two to five worked steps, rarely six.
 
     Mia has 24 marbles. She buys 3 bags with 12 marbles in each. How many marbles does Mia have now?
 
@@ -179,7 +179,7 @@ def _terse(steps: list[tuple[str, int, str]]) -> str:
 
 
 def sample(rng: Random) -> Problem:
-    """A story of two to five steps, long ones less often."""
+    """A story of two to five steps, long ones less often; asking for both persons together can add one."""
     story, wanted = Story(rng), rng.choices([2, 3, 4, 5], [25, 33, 27, 15])[0]
     ending = rng.choices([_ask_plain, _ask_other, _ask_money], [60, 25, 15])[0]
     (_begin_with if rng.random() < 0.7 else _begin_with_boxes)(story)
