@@ -1,0 +1,169 @@
+"""Batches, optimizer, schedule, command line, and a whole smoke run."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from sdar import SDARForCausalLM
+from shared.loading import load_tokenizer
+from tests.train.shipped import TINY
+from train.__main__ import main
+from train.data import TRAINED_TO, WIDTH_STEP, batches, encode_rows
+from train.loop import learning_rate_scale
+from train.optim import Muon, orthogonalise
+from train.probe import decode_blocks, decode_one_by_one, judge, new_canvas, texts_of
+from train.tasks import held_out
+from train.tokenizer import chat_prompt
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+def test_rows_train_the_answer_and_its_padding(tokenizer):
+    problems = held_out("instructions", 8)
+    for problem, row in zip(problems, encode_rows(problems, tokenizer), strict=True):
+        assert tokenizer.decode(row.ids[: row.start]) == chat_prompt(problem.prompt)
+        assert tokenizer.decode(row.ids[row.start :]) == problem.solution + "<|im_end|>"
+        assert row.stop % TRAINED_TO == 0
+        assert 0 <= row.stop - len(row.ids) < TRAINED_TO
+
+
+def test_batches_are_of_one_width_and_repeatable(tokenizer):
+    weights = {"word_problems": 1.0, "instructions": 1.0}
+    first, second = (
+        list(islice(batches(tokenizer, weights, batch_tokens=2048, seed=1, workers=0), 4)) for _ in range(2)
+    )
+    for batch, again in zip(first, second, strict=True):
+        assert torch.equal(batch.tokens, again.tokens)
+        rows, width = batch.tokens.shape
+        assert width % WIDTH_STEP == 0
+        assert rows * width >= 2048 > (rows - 1) * width
+        assert (batch.tokens[~batch.trained][-1:] != tokenizer.mask_token_id).all()
+        ends = batch.trained.long().argmax(1) + batch.trained.sum(1)
+        after = torch.arange(width) >= ends[:, None]
+        assert (batch.tokens[after] == tokenizer.pad_token_id).all()
+
+
+def test_learning_rate():
+    """Warm-up over 100 steps, level until half time, then down to zero."""
+    assert learning_rate_scale(0, 0.0) == pytest.approx(0.01)
+    assert learning_rate_scale(500, 0.49) == 1.0
+    assert learning_rate_scale(500, 0.75) == pytest.approx(0.5)
+    assert learning_rate_scale(500, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 48)])
+def test_orthogonalise(shape):
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.3
+    assert values.max() < 1.4
+
+
+def test_muon_solves_a_linear_problem():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(12, 8))
+    target, x = torch.randn(12, 8, generator=generator), torch.randn(64, 8, generator=generator)
+    optimizer, losses = Muon([weight]), []
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / 100)
+        loss = (x @ (weight - target).T).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 100
+
+
+def test_smoke_run_writes_a_checkpoint(tmp_path, capsys):
+    out = tmp_path / "model"
+    command = [
+        "SDAR",
+        "--steps",
+        "3",
+        "--size",
+        "smoke",
+        "--batch_tokens",
+        "1024",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    assert main(command) == 0
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last["steps"] == 3
+    assert last["loss"] == pytest.approx(6.93, abs=0.3), "ln 1024 at the start"
+    model, tokenizer = SDARForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "sdar"
+    assert config["torch_dtype"] == "bfloat16"
+    assert config["vocab_size"] == len(tokenizer)
+    assert config["mask_token_id"] == tokenizer.mask_token_id
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1022, 1020]
+    ids = torch.tensor([tokenizer("hi").input_ids])
+    assert model(ids, torch.arange(ids.shape[1])[None]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["SDAR", "--out", "x"], "give --seconds or --steps"),
+        (["SDAR", "--out", "x", "--steps", "0"], "steps 0 is too small"),
+        (["SDAR", "--out", "x", "--steps", "1", "--size", "tinny"], "did you mean tiny"),
+        (["SDAR", "--out", "x", "--step", "1"], "unrecognized arguments: --step 1"),
+        (["SDRA"], "invalid choice: 'SDRA'"),
+        (["SDAR", "--steps", "1"], "required: --out"),
+        (["SDAR", "--out", "x", "--steps", "1", "--device", "gpu"], "device 'gpu'"),
+        (["probe", "--model", "/nowhere"], "no such folder"),
+    ],
+)
+def test_bad_arguments_are_one_line(command, message, capsys):
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_shipped_folder_is_small_and_complete():
+    assert sum(f.stat().st_size for f in TINY.iterdir()) < 5_000_000
+    assert {f.name for f in TINY.iterdir()} >= {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
+
+
+def test_shipped_checkpoint_solves_held_out_problems(tokenizer):
+    """Eight instructions in blocks of sixteen with threshold 0.9: at least five are right (0.85 of them on average)."""
+    tiny, problems = SDARForCausalLM.from_pretrained(TINY), held_out("instructions", 8)
+    canvas = new_canvas(tokenizer([chat_prompt(p.prompt) for p in problems]).input_ids, tokenizer, tiny.device)
+    with torch.inference_mode():
+        decode_blocks(tiny, canvas, 16, 0.9)
+    texts, counts = texts_of(canvas, tokenizer)
+    assert sum(judge(problems, texts)) >= 5
+    assert (canvas.steps < counts).sum() >= 6, "fewer forwards than tokens"
+
+
+def test_one_by_one_is_block_length_one(tokenizer):
+    """The two probe loops agree where they must: a causal block of one token leaves nothing to choose."""
+    tiny, problems = SDARForCausalLM.from_pretrained(TINY), held_out("instructions", 2)
+    prompts = tokenizer([chat_prompt(p.prompt) for p in problems]).input_ids
+    texts = []
+    for decode in (decode_one_by_one, lambda m, c: decode_blocks(m, c, 1, None)):
+        canvas = new_canvas(prompts, tokenizer, tiny.device)
+        with torch.inference_mode():
+            decode(tiny, canvas)
+        texts.append(texts_of(canvas, tokenizer)[0])
+    assert texts[0] == texts[1]

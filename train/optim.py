@@ -1,0 +1,58 @@
+"""Muon for the matrices of the layers, AdamW for everything else (Jordan et al. 2024)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+MUON_LR = 0.02
+ADAM_LR = 3e-3
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrix to each of ``matrices [K, R, C]``, R <= C, roughly: singular values near one.
+
+    Five steps of the quintic Newton-Schulz iteration with Muon's coefficients, in bfloat16 on a GPU.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised. Parameters of one shape are stacked and updated together."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float = MUON_LR, momentum: float = 0.95):
+        shapes = defaultdict(list)
+        for parameter in parameters:
+            shapes[tuple(parameter.shape)].append(parameter)
+        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            parameters, momentum = group["params"], group["momentum"]
+            gradients = torch.stack([p.grad for p in parameters])
+            state = self.state[parameters[0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(gradients)
+            average = state["momentum"].lerp_(gradients, 1 - momentum)
+            update = gradients.lerp(average, momentum)
+            rows, columns = update.shape[1:]
+            update = orthogonalise(update) if rows <= columns else orthogonalise(update.mT).mT
+            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_(parameters, list(update.unbind()), alpha=-scale)
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon over the two-dimensional parameters of the layers, AdamW over embedding, head and norms."""
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=rest[0].is_cuda)
+    return [Muon(matrices), adam]
