@@ -1,0 +1,154 @@
+"""Exact self-speculation at temperature 1 draws from the law of block size one: a chi-square test against the enumerated law.
+
+False alarms: every test here passes when p > 1e-4, so a correct decoder fails one of the honest settings with odds of at most 1 in
+10,000 each; the seed is fixed, so a pass stays a pass. Deliberately broken rules must give p < 1e-12 with as many texts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from sdar import SDARConfig, SDARForCausalLM, generate, generate_ssd_policy
+from shared import verify
+from shared.masks import token_causal
+from shared.sampling import transform
+
+VOCAB, MASK, TOKENS, TEXTS = 5, 4, 3, 4000
+EXACT = {"acceptance": "exact", "do_verify_policy": "always", "cache_ver": True}
+
+
+@lru_cache(maxsize=1)
+def model() -> SDARForCausalLM:
+    """Random, in float64, with a head loud enough that drafts and verifier disagree."""
+    config = SDARConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        mask_token_id=MASK,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = SDARForCausalLM(config).double().eval().requires_grad_(False)
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.6)
+    return net
+
+
+@lru_cache(maxsize=8)
+def law(prompt: tuple[int, ...], temperature: float = 1.0, top_k: int = 0) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation: each token predicted by a mask token of its own, after causal context."""
+    joint = {(): 1.0}
+    for _ in range(TOKENS):
+        ids = torch.tensor([[*prompt, *text, MASK] for text in joint])
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        logits = model()(ids, positions, None, token_causal(ids.shape[1]))[:, -1]
+        logits[:, MASK] = float("-inf")
+        probs = transform(logits, temperature, top_k).double().softmax(-1)
+        joint = {
+            (*text, token): p * float(row[token])
+            for (text, p), row in zip(joint.items(), probs, strict=True)
+            for token in range(VOCAB)
+            if token != MASK
+        }
+    return joint
+
+
+def draw(prompt: tuple[int, ...], decoder=generate_ssd_policy, **flat):
+    flat = {"temperature": 1.0, "max_new_tokens": TOKENS, "stopping_criteria_idx": (), **flat}
+    return decoder.block_diffusion_generate(model(), [list(prompt)] * TEXTS, seed=5, batch_size=2000, **flat)
+
+
+def p_value(texts: list[list[int]], joint: dict[tuple[int, ...], float]) -> float:
+    """Chi-square against ``joint``; texts expected fewer than five times share one bin. A text the law forbids gives 0."""
+    drawn = dict.fromkeys(joint, 0)
+    for text in texts:
+        drawn[tuple(text)] += 1
+    if any(n and not joint[text] for text, n in drawn.items()):
+        return 0.0
+    bins = [[drawn[t], p * len(texts)] for t, p in joint.items() if p * len(texts) >= 5]
+    rest = [
+        sum(drawn[t] for t in joint if joint[t] * len(texts) < 5),
+        sum(p for p in joint.values() if p * len(texts) < 5),
+    ]
+    rest[1] *= len(texts)
+    bins += [rest] if rest[1] >= 1 else []
+    seen, expected = zip(*bins, strict=True)
+    scale = sum(seen) / sum(expected)
+    return float(chisquare(seen, [e * scale for e in expected]).pvalue)
+
+
+SETTINGS = {
+    "one block": ((2,), {"block_length": 4}),
+    "across a commit": ((1, 2), {"block_length": 3}),
+    "across a commit, draft_ver": ((1, 2), {"block_length": 3, "draft_ver": True}),
+    "cooler, top-k": ((1,), {"block_length": 4, "temperature": 0.7, "top_k": 3}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_exact_sampling_is_block_size_one(name):
+    prompt, flat = SETTINGS[name]
+    out = draw(prompt, **EXACT, **flat)
+    joint = law(prompt, flat.get("temperature", 1.0), flat.get("top_k", 0))
+    assert out.lossless
+    assert p_value(out.tokens, joint) > 1e-4
+    counts = [c.trace.counts() for c in out.completions]
+    accepted, resampled = (sum(c.get(how, 0) for c in counts) for how in ("accepted", "resampled"))
+    assert accepted > TEXTS / 2
+    assert resampled > TEXTS / 5, "both branches of the rule decide many tokens"
+
+
+def test_block_size_one_itself():
+    out = draw((2,), generate, block_length=1)
+    assert out.lossless
+    assert p_value(out.tokens, law((2,))) > 1e-4
+
+
+def _inverted(draft, target, tempering):
+    q = target.gather(-1, draft.tokens[..., None])[..., 0]
+    return (draft.confidence / q.clamp_min(1e-12)).clamp(max=1)
+
+
+BROKEN = {
+    "p and q swapped in the ratio": ("acceptance_ratio", _inverted),
+    "everything accepted": ("acceptance_ratio", lambda draft, target, tempering: torch.ones_like(draft.confidence)),
+    "resampling from q": ("residual", lambda target, draft_probs: target),
+    "resampling from p": ("residual", lambda target, draft_probs: draft_probs),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_rule_is_caught(name, monkeypatch):
+    monkeypatch.setattr(verify, *BROKEN[name])
+    assert p_value(draw((2,), **EXACT, block_length=4).tokens, law((2,))) < 1e-12
+
+
+def test_plain_diffusion_is_caught():
+    """Tokens of one step drawn independently of each other do not follow the law."""
+    out = draw((2,), generate, block_length=4, denoising_steps=1, remasking_strategy="low_confidence_static")
+    assert not out.lossless
+    assert p_value(out.tokens, law((2,))) < 1e-12
+
+
+def test_a_block_causal_cache_is_caught():
+    """Without ``cache_ver`` the second block is verified against keys the law does not have."""
+    prompt = (1, 2)
+    out = draw(prompt, **{**EXACT, "cache_ver": False}, block_length=3)
+    assert not out.lossless
+    assert p_value(out.tokens, law(prompt)) < 1e-12
+
+
+def test_the_law_is_a_law():
+    joint = law((2,))
+    assert sum(joint.values()) == pytest.approx(1.0)
+    assert set(joint) == set(itertools.product(range(VOCAB - 1), repeat=TOKENS))

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+from shared.draft import How
+from shared.trace import Trace, format_trace
+
+# Prompt of 2, blocks of 4: positions 2 and 3 end block 0, positions 4 to 7 are block 1.
+TRACE = Trace(
+    prompt_length=2,
+    block_length=4,
+    token_ids=[90, 91, 12, 13, 14, 15, 16, 17],
+    step_of=[-1, -1, 0, 0, 2, 1, 1, 2],
+    how_of=[How.PROMPT, How.PROMPT, How.ACCEPTED, How.RESAMPLED, How.KEPT, How.UNMASKED, How.CONFIDENT, How.RATIO],
+    rank_of=[0, 0, 0, 1, 1, 1, 0, 0],
+    confidence_of=[0.0, 0.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
+    verified_span=[2, 0, 4],
+    accepted=[1, 0, 0],
+    forwards={"prefill": 0, "draft": 3, "verify": 2, "commit": 1},
+)
+
+
+class Words:
+    def decode(self, ids, **_):
+        return "".join(chr(ord("a") + i - 12) for i in ids)
+
+
+def test_order_by_step_then_rank():
+    assert TRACE.order() == [[2, 3], [6, 5], [7, 4]]
+
+
+def test_counts_of_generated_positions():
+    want = {"unmasked": 1, "accepted": 1, "resampled": 1, "kept": 1, "ratio": 1, "confident": 1}
+    assert TRACE.counts() == want
+    assert list(TRACE.counts()) == list(want), "in the order of How"
+
+
+def test_figures():
+    assert TRACE.total_forwards == 6
+    assert TRACE.steps == 3
+    assert TRACE.mean_accepted_length == 0.5  # one accepted in two verified steps
+
+
+def test_nothing_verified():
+    assert Trace(1, 1, [5, 6], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], [0], [0]).mean_accepted_length == 0
+
+
+def test_format():
+    assert format_trace(TRACE).splitlines() == [
+        "step    0 | 2+ 3~  [verified 2, accepted 1]",
+        "step    1 | 6c 5",
+        "step    2   7r 4-  [verified 4, accepted 0]",
+        "forwards: 6 (draft 3, verify 2, commit 1)",
+    ]
+
+
+def test_format_with_text_in_reading_order():
+    lines = format_trace(TRACE, Words()).splitlines()
+    assert [line.strip() for line in lines[1:6:2]] == ["'ab'", "'de'", "'cf'"]
+
+
+def test_format_of_a_step_that_decoded_nothing():
+    trace = Trace(1, 2, [5, 6], [-1, 1], [1, 2], [0, 0], [0.0, 1.0], [1, 0], [0, 0])
+    assert format_trace(trace).splitlines()[:2] == ["step    0     [verified 1, accepted 0]", "step    1 | 1"]
+
+
+def test_json_is_complete():
+    saved = json.loads(json.dumps(TRACE.to_json()))
+    names = saved.pop("how_names")
+    assert [names[h] for h in saved["how_of"][2:4]] == ["accepted", "resampled"]
+    assert Trace(**saved) == TRACE
