@@ -112,7 +112,8 @@ def row(figures: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path(sdar.__file__).parent / "tiny"))
-    parser.add_argument("--task", default="word_problems", choices=sorted(TASKS))
+    judged = [name for name, task in TASKS.items() if task.is_correct is not None]
+    parser.add_argument("--task", default="word_problems", choices=judged)
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--grid", default="full", choices=("full", "small"))
     parser.add_argument("--max_new_tokens", type=int, default=256)

@@ -210,8 +210,10 @@ class Streamer:
 
 
 def is_solved(record: dict, text: str) -> bool | None:
-    """Whether the text ends in the record's ``answer`` (after ``####``); None when the record has none."""
-    return text.rsplit("####")[-1].strip() == str(record["answer"]) if "answer" in record else None
+    """Whether the text ends in the record's ``answer`` (after ``####``) or equals its ``expected`` text; None when the record has neither."""
+    if "answer" in record:
+        return text.rsplit("####")[-1].strip() == str(record["answer"])
+    return text.strip() == record["expected"].strip() if "expected" in record else None
 
 
 def print_texts(script: ScriptArguments, output: Output, tokenizer) -> None:

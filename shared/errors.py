@@ -14,5 +14,5 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """An error for a name that is not among ``allowed``, with the nearest ones suggested."""
     allowed = list(allowed)
     near = difflib.get_close_matches(name, allowed, n=2, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return UserError(f"unknown {kind} {name!r}{hint} Allowed: {', '.join(allowed)}")
