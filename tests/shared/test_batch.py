@@ -118,6 +118,14 @@ def test_a_stop_id_in_the_prompt_does_not_count():
     assert write(batch) == [(0, False)]
 
 
+def test_a_stop_id_right_after_the_prompt_counts():
+    batch = new_batch([[1, 2]], rows=1)
+    batch.admit()
+    write(batch, STOP, [[False, False, True, False]])
+    assert write(batch) == [(0, True)]
+    assert finish(batch, 0).tokens == []
+
+
 def test_a_free_row_takes_the_next_prompt():
     batch = new_batch([[1], [2, 2], [3, 3, 3]], rows=2, tokens=3, requests=[4, 9, 6])
     assert batch.admit() == [0, 1]

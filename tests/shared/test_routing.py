@@ -197,6 +197,16 @@ def test_bandit_tries_verify_then_skip():
     assert taken == [True, False]
 
 
+def test_bandit_forgets_the_rows_it_is_told_to():
+    rule, draft = policy("contextual_bandit_ucb"), scored(0.5, 0.5, 0.5)
+    for _ in range(3):
+        rule.observe(draft, rule.decide(draft), torch.ones(3))
+    rule.reset([1])
+    assert rule.time.tolist() == [3, 0, 3]
+    assert rule.tries.sum((1, 2)).tolist() == [3, 0, 3]
+    assert rule.reward.sum((1, 2)).gt(0).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize(("verified", "again"), [(2, True), (1, False), (3, True)])
 def test_bandit_halves_the_reward_of_a_verified_step(verified, again):
     """Skipping earned 1 token a forward; verifying 2 forwards' worth: 2 tokens tie, and ties verify."""

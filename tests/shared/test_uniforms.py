@@ -25,6 +25,11 @@ def test_requests_and_seeds_differ(seed, one, two):
         assert request_uniforms(one, seed, 8).tolist() != request_uniforms(two, seed, 8).tolist()
 
 
+def test_seed_and_request_do_not_mix():
+    tables = [request_uniforms(seed, request, 4).tolist() for seed in range(4) for request in range(4)]
+    assert len({tuple(table) for table in tables}) == 16
+
+
 def test_numbers_are_float32_on_a_grid_in_the_half_open_interval():
     drawn = request_uniforms(1, 2, 50_000)
     assert drawn.dtype == np.float32

@@ -168,6 +168,13 @@ def test_block_sum_counts_known_positions():
     assert one("entropy_bounded_blocksum", confidence, 1, masked, eb_threshold=2.7) == [1]
 
 
+def test_entropy_budget_is_strict():
+    confidence = [0.5, 0.25, 0.5]
+    each = float(block_sum_entropy(torch.tensor([confidence]))[0, 0])
+    assert one("entropy_bounded_blocksum", confidence, 1, eb_threshold=2 * each) == [0], "two cost the whole budget"
+    assert one("entropy_bounded_blocksum", confidence, 1, eb_threshold=2.001 * each) == [0, 1]
+
+
 def test_positions_chosen_already_are_not_eligible():
     draft = make_draft([[True] * 3], [[0.875, 0.5, 0.25]])
     choice = Choice.none(draft)

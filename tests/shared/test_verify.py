@@ -188,6 +188,14 @@ def test_verifier_logits_go_through_the_same_filters():
     assert verdict.replacement.tolist() == [[1]]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.5), Sampling(verify_temperature=0.5)])
+def test_verifier_logits_have_the_target_temperature(sampling):
+    # logits ln 2 and 0 at temperature 1/2: weights 4 and 1, so q(1) = 0.2, against p = 0.4
+    draft = make_draft([[True]], [[1]], [[[0.6, 0.4]]], sampling)
+    verdict = judge(draft, torch.tensor([[[math.log(2.0), 0.0]]]), Acceptance(), sampling, given_uniforms([0.0, 0.5]))
+    assert verdict.ratio.item() == pytest.approx(0.5)
+
+
 def test_replacements_at_even_uniforms_have_the_residual_law():
     # q - p = (0.1, 0.2, -0.3): residual 1/3, 2/3, 0
     n = 300
