@@ -27,7 +27,7 @@ from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
 from shared.uniforms import Uniforms
-from shared.unmask import step_quota, unmask
+from shared.unmask import unmask
 from shared.verify import judge, losslessness, take_confident, verified_choice
 
 
@@ -40,7 +40,6 @@ class Run:
     batch: Batch
     cache: BlockCache
     policy: Policy
-    schedule: list[int]
     causal_mask: Tensor  # [L, L]
     causal_rows: Tensor  # [rows]: first masked position of each row's last draft (draft_ver)
 
@@ -101,18 +100,19 @@ def decode(
         rows = run.batch.active
         draft = propose(run, rows)
         picked = route(run, draft)
-        choice, reach = verify(run, rows, draft, picked)
-        fill_quota(run, rows, draft, choice)
+        choice, reach, finite = verify(run, rows, draft, picked)
+        fill_quota(run, draft, choice)
         run.policy.observe(draft, reach > 0, choice.count)
-        finished = write(run, rows, draft, choice, reach)
+        finished = write(run, rows, draft, choice, reach, finite)
         if on_block:
+            limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
-                on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row))
+                on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, limit))
         commit(run, draft, rows, finished)
         for f in finished:
             if f.last:
-                completion = run.batch.retire(f.row, options.blocks, text_of)
-                done[completion.request] = completion
+                position = run.batch.rows[f.row].position
+                done[position] = completion = run.batch.retire(f.row, options.blocks, text_of)
                 if on_finish:
                     on_finish(completion)
     return Output(
@@ -154,7 +154,6 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
         batch,
         cache=model.new_cache(rows, batch.capacity + length),
         policy=policy,
-        schedule=step_quota(length, blocks.denoising_steps),
         causal_mask=masks.token_causal(length, device),
         causal_rows=torch.zeros(rows, dtype=torch.long, device=device),
     )
@@ -176,8 +175,12 @@ def resolve(model: SDARForCausalLM, options: StandardOptions, tokenizer=None) ->
 
 
 def check_prompts(prompts: list[list[int]], blocks, config) -> None:
-    """Raise `UserError` for a prompt that is empty, holds ids it must not hold, or does not fit the model."""
-    room = config.max_position_embeddings - blocks.max_new_tokens
+    """Raise `UserError` for a prompt that is empty, holds ids it must not hold, or does not fit the model.
+
+    Blocks are decoded whole, so the last one must lie within the model's positions even where its tail is cut off.
+    """
+    whole_blocks = config.max_position_embeddings // blocks.block_length * blocks.block_length
+    room = whole_blocks - blocks.max_new_tokens
     if not prompts:
         raise UserError("there is no prompt")
     for k, prompt in enumerate(prompts):
@@ -242,7 +245,8 @@ def propose(run: Run, rows: list[int]) -> Draft:
     if sampling.temperature >= GREEDY_BELOW:
         uniform = batch.uniforms.take(index, length, length)
     tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    return Draft(index, block, masked, tokens, confidence, logits, batch.decoded[index], sampling)
+    entry = torch.arange(len(rows), device=index.device)
+    return Draft(index, block, masked, tokens, confidence, logits, entry, batch.decoded[index], sampling)
 
 
 @dataclass(frozen=True)
@@ -268,13 +272,14 @@ def route(run: Run, draft: Draft) -> Picked:
     return Picked(index, max(read[k][1] for k in index), max(read[k][2] for k in index))
 
 
-def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor]:
+def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor, Tensor]:
     """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick").
 
-    Returns the choice so far and ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
-    its length (0: row not verified).
+    Returns the choice so far, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
+    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?
     """
     choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
+    finite = torch.ones_like(draft.rows, dtype=torch.bool)
     if picked.index:
         batch, options, length = run.batch, run.options, run.batch.block_length
         index = batch.index(picked.index)
@@ -293,16 +298,17 @@ def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Cho
             "verify", [rows[k] for k in picked.index], ids, positions, mask, slice(picked.tokens, None)
         )
         verdict = judge(part, logits, queries, options.acceptance, options.sampling, batch.uniforms)
+        finite[index] = verdict.finite
         choice.put(index, verified_choice(part, verdict, options.acceptance))
         reach[index] = part.first_masked + part.span.sum(-1) if options.savings.short_verify else length
     if run.acceptance.always_check_high_confidence:
         take_confident(choice, draft, run.options.unmask)
-    return choice, reach
+    return choice, reach, finite
 
 
-def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
+def fill_quota(run: Run, draft: Draft, choice: Choice) -> None:
     """Top the step up to its quota by the unmasking rule, where verification has not reached it already."""
-    quota, overtime = run.batch.quota(rows, run.schedule)
+    quota, overtime = run.batch.quota(draft.rows)
     remaining = (torch.minimum(quota, draft.masked.sum(-1)) - choice.count).clamp(min=0)
     eligible = draft.masked & ~choice.take
     take, key = unmask(
@@ -311,10 +317,10 @@ def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED, key)
 
 
-def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor) -> list[Finished]:
+def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
     """`Batch.write`; if the logits were not finite, say in which layer that began."""
     try:
-        return run.batch.write(rows, draft, choice, reach)
+        return run.batch.write(rows, draft, choice, reach, finite)
     except FloatingPointError as error:
         positions = run.batch.positions(draft.rows)
         layer = first_broken_layer(

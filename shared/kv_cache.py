@@ -47,17 +47,20 @@ class BlockCache:
     def commit(self, counts: Sequence[int], rows: Sequence[int] | None = None) -> None:
         """Keep the first ``counts[i]`` of the tokens last written for ``rows[i]`` (default: every row)."""
         rows = range(len(self.lengths)) if rows is None else rows
-        for row, count in zip(rows, counts, strict=True):
-            self.lengths[row] += count
-            if not 0 <= self.lengths[row] <= self.slots:
-                raise ValueError(f"row {row} would hold {self.lengths[row]} tokens; the cache has {self.slots} slots")
-        self._sync()
+        after = {row: self.lengths[row] + count for row, count in zip(rows, counts, strict=True)}
+        for row, length in after.items():
+            if not 0 <= length <= self.slots:
+                raise ValueError(f"row {row} would hold {length} tokens; the cache has {self.slots} slots")
+            self.lengths[row] = length
+        if after:
+            self._sync()
 
     def reset(self, rows: Sequence[int]) -> None:
         """Forget everything committed for ``rows``."""
         for row in rows:
             self.lengths[row] = 0
-        self._sync()
+        if rows:
+            self._sync()
 
     def _sync(self) -> None:
         self.length.copy_(torch.tensor(self.lengths), non_blocking=True)
@@ -96,6 +99,8 @@ class Window:
     ):
         self.cache, self.tokens = cache, tokens
         self.width = offset + tokens if width is None else width
+        if self.width < offset + tokens:
+            raise ValueError(f"width {self.width} does not hold {tokens} tokens at offset {offset}")
         prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
         device = cache.length.device
         everyone = list(rows) == list(range(len(cache.lengths)))
