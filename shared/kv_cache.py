@@ -8,6 +8,7 @@ draft is overwritten by the next write, and nothing is ever concatenated or crop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -104,15 +105,21 @@ class Window:
         prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
         device = cache.length.device
         everyone = list(rows) == list(range(len(cache.lengths)))
-        self.rows = None if everyone else torch.tensor(list(rows)).to(device, non_blocking=True)
+        self.row_index = torch.tensor(list(rows)).to(device, non_blocking=True)
+        self.rows = None if everyone else self.row_index
+        self.offset = offset
         self.prefix = torch.tensor(prefixes).to(device, non_blocking=True)
         self.extent = max(prefixes) + self.width
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:
             raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
-        self._slots = self.prefix[:, None] + offset + torch.arange(tokens, device=device)
         self._first = prefixes[0] + offset if self.uniform and everyone else None
         self._mask: tuple[Tensor | None, Tensor | None] | None = None
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """``[b, T]``: where the tokens of this forward are written."""
+        return self.prefix[:, None] + self.offset + torch.arange(self.tokens, device=self.prefix.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, H_kv, T, D]`` for this layer; return all keys and values in reach, ``[b, H_kv, extent, D]``."""
@@ -121,9 +128,8 @@ class Window:
             where = slice(self._first, self._first + self.tokens)
             store_k[:, :, where], store_v[:, :, where] = keys, values
         else:
-            rows = torch.arange(len(store_k), device=store_k.device) if self.rows is None else self.rows
-            store_k[rows[:, None], :, self._slots] = keys.transpose(1, 2)
-            store_v[rows[:, None], :, self._slots] = values.transpose(1, 2)
+            store_k[self.row_index[:, None], :, self._slots] = keys.transpose(1, 2)
+            store_v[self.row_index[:, None], :, self._slots] = values.transpose(1, 2)
         store_k, store_v = store_k[:, :, : self.extent], store_v[:, :, : self.extent]
         return (store_k, store_v) if self.rows is None else (store_k[self.rows], store_v[self.rows])
 
