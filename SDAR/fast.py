@@ -137,7 +137,7 @@ class FastSDAR:
         ]
         forward = self._narrow if batch * tokens <= ops.NARROW_TOKENS else self._wide
         logits = forward(input_ids, position_ids.contiguous(), places, local_mask, logits_at, leading)
-        return logits.view(leading, tokens if logits_at is None else logits_at.shape[1], -1)
+        return logits.view(leading, tokens if logits_at is None else logits_at.shape[1], self.model.config.vocab_size)
 
     def _narrow(self, input_ids, positions, places, local_mask, logits_at, leading) -> Tensor:
         """At most `ops.NARROW_TOKENS` tokens: what stands between two matrix products happens in one of them."""

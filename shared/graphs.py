@@ -130,7 +130,7 @@ class GraphRunner:
                 per_entry = value.expand(batch, *value.shape) if buffer.dim() > value.dim() else value
                 buffer[:leading] = per_entry[:leading]
                 buffer[shape.leading : shape.leading + batch - leading] = per_entry[leading:]
-        if logits_at is not None:
+        if shape.picks:
             captured.inputs["logits_at"][:leading] = logits_at
         padding = captured.inputs["rows"]
         padding[leading : shape.leading] = -1
