@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -53,9 +53,17 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def read_state_dict(
-    folder: Path, expected: Mapping[str, torch.Size], *, dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    expected: Mapping[str, torch.Size],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    part: Callable[[str, object], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint, checked by name and shape against ``expected`` before any of them is read."""
+    """Every tensor of the checkpoint, checked by name and shape against ``expected`` before any of them is read.
+
+    ``part(key, weight)``: what to read of it, where ``weight`` is an unread safetensors slice (None: all).
+    """
     shards, shapes = _shards(folder), {}
     try:
         for shard in shards:
@@ -64,10 +72,11 @@ def read_state_dict(
         _check_names(folder, expected, shapes)
         state = {}
         for shard in shards:
-            with safe_open(shard, framework="pt", device=str(device)) as file:
+            # A part is cut on the host: the device never sees the rest.
+            with safe_open(shard, framework="pt", device="cpu" if part else str(device)) as file:
                 for key in file.keys():  # noqa: SIM118
                     if key in expected:
-                        tensor = file.get_tensor(key)
+                        tensor = part(key, file.get_slice(key)).to(device) if part else file.get_tensor(key)
                         state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     except SafetensorError as error:
         raise UserError(f"{folder}: a weight file is damaged ({error})") from error
@@ -104,6 +113,15 @@ class CheckpointModel(nn.Module):
         return next(self.parameters()).dtype
 
     @classmethod
+    def read_config(cls, path_or_id: str | Path) -> tuple[Path, object]:
+        """``(checkpoint folder, its config)``; refused if the folder holds another kind of model."""
+        folder = checkpoint_folder(path_or_id)
+        config = cls.config_class.from_pretrained(folder)
+        if config.model_type != json.loads((folder / "config.json").read_text()).get("model_type", config.model_type):
+            raise UserError(f"{folder}: config.json is not of model_type {config.model_type!r}")
+        return folder, config
+
+    @classmethod
     def from_pretrained(
         cls,
         path_or_id: str | Path,
@@ -112,10 +130,7 @@ class CheckpointModel(nn.Module):
         device: torch.device | str = "cpu",
     ):
         """Weights of ``path_or_id`` on ``device`` in eval mode. ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU)."""
-        folder = checkpoint_folder(path_or_id)
-        config = cls.config_class.from_pretrained(folder)
-        if config.model_type != json.loads((folder / "config.json").read_text()).get("model_type", config.model_type):
-            raise UserError(f"{folder}: config.json is not of model_type {config.model_type!r}")
+        folder, config = cls.read_config(path_or_id)
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
         with torch.device("meta"):
             model = cls(config)
