@@ -30,6 +30,7 @@ from shared.loading import CheckpointModel, read_state_dict, resolve_dtype
 
 _BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 _BY_INPUT = ("o_proj", "down_proj")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
 _CUT = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -55,7 +56,7 @@ class Group:
     def gather(self, x: Tensor) -> Tensor:
         """``x [...]`` of every process, ``[size, ...]``."""
         parts = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(parts, x.reshape(-1), group=self.handle)
+        _all_gather(parts, x.reshape(-1), group=self.handle)
         return parts.view(self.size, *x.shape)
 
     def agree(self, x: Tensor) -> bool:
