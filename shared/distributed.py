@@ -33,8 +33,8 @@ class World(NamedTuple):
         world = cls(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), tensor)
         if tensor < 1 or world.size % tensor:
             raise UserError(
-                f"tensor_parallel {tensor} among {world.size} process{'es' if world.size > 1 else ''}. Allowed: 1 or more, "
-                f"a divisor of the number of processes (torchrun --nproc_per_node={max(tensor, 1)} starts enough)"
+                f"tensor_parallel {tensor} does not divide the number of processes, {world.size}. Allowed: a divisor of it "
+                f"(torchrun --nproc_per_node={tensor} starts {tensor} processes)"
             )
         return world
 

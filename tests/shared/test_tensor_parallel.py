@@ -77,7 +77,9 @@ def process(folder: Path) -> None:
     model = tensor_parallel.load(SDARForCausalLM, MODEL, world)
     found = measure(model)
     # Sums are no copies: that both processes end up with the same ones is a property of the backend.
-    hidden = [model.group.sum(torch.randn(16, 64, generator=torch.manual_seed(world.rank + k))) for k in range(8)]
+    noise = torch.Generator().manual_seed(world.rank)
+    sizes = [(1, 1), (3, 7), (16, 64), (33, 1000), (64, 4096)]
+    hidden = [model.group.sum(torch.randn(size, generator=noise)) for size in sizes]
     found["agree"] = [model.group.agree(x) for x in [*hidden, *found["logits"]["float32"].values()] if x.numel()]
     found["kv_heads"] = model.new_cache(1, 4).keys.shape[2]
     output = generate.block_diffusion_generate(model, PROMPTS, max_new_tokens=8)
@@ -228,7 +230,7 @@ def test_models_are_shared_out_among_processes():
     worlds = [World(rank, 4, rank, tensor=2) for rank in range(4)]
     assert [w.share(range(5)) for w in worlds] == [[0, 2, 4], [0, 2, 4], [1, 3], [1, 3]]
     assert [w.leads for w in worlds] == [True, False, True, False]
-    with pytest.raises(UserError, match="tensor_parallel 2 among 1 process"):
+    with pytest.raises(UserError, match="tensor_parallel 2 does not divide the number of processes, 1"):
         World.from_environment(2)
 
 
