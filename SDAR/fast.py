@@ -29,6 +29,8 @@ from shared.rotary import rotary_tables
 def unsupported(model: SDARForCausalLM) -> str | None:
     """Why the fast forward cannot serve ``model``, or None."""
     config = model.config
+    if getattr(model, "group", None) is not None:
+        return "its kernels do not add up over processes, and the model is spread over several"
     if not ops.available(model.device):
         return "it needs a CUDA device and triton"
     if model.dtype not in (torch.bfloat16, torch.float32):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sdar import generate, generate_ssd_policy
+from sdar.fast import unsupported
 from sdar.modeling_sdar import SDARForCausalLM
 from shared import tensor_parallel
 from shared.distributed import World, check_agreement
@@ -224,6 +225,8 @@ def test_a_part_is_no_model_for_code_that_forgets_the_others():
     part = tensor_parallel.shard(SDARForCausalLM, MODEL, Group(0, 2, torch.device("cpu")))
     for module in (part.lm_head, part.model.layers[0].self_attn.o_proj, part.model.layers[0].mlp.down_proj):
         assert not hasattr(module, "weight")
+    assert "several" in unsupported(part)
+    assert part.fast() is None
 
 
 def test_models_are_shared_out_among_processes():
