@@ -460,17 +460,26 @@ def test_script_resumes(checkpoint, capsys, tmp_path):
 
 
 def test_rivals_of_a_resumed_run_decode_what_it_decoded(checkpoint, capsys, tmp_path):
-    """Of two problems one is on disk: every row of the table is about the other one, at its own number."""
-    argv = ["--output_dir", str(tmp_path / "out"), "--compare"]
-    run(checkpoint, *argv)
-    whole = capsys.readouterr().out.splitlines()
-    lines = (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()
-    (tmp_path / "out" / "outputs.jsonl").write_text(lines[0] + "\n")
-    run(checkpoint, *argv)
-    table = [line for line in capsys.readouterr().out.splitlines() if line.endswith(("/1", "/2"))]
-    assert len(table) == 3
-    assert all(line.endswith("0/1") for line in table)
-    assert sum(line.endswith("0/2") for line in whole) == 3
+    """Of two problems the first is on disk: every row of the table is about the second, with the second's own random numbers."""
+    asked = []
+
+    def rival(model, prompts, options, **call):
+        asked.append((prompts, call["requests"]))
+        return generate_ssd_policy.block_diffusion_generate(model, prompts, options, **call)
+
+    script = dataclasses.replace(generate_ssd_policy.SCRIPT, rivals=lambda options: {"rival": (rival, options)})
+    argv = ["--model", str(checkpoint), "--max_new_tokens", "6", "--device", "cpu", "--temperature", "1", "--compare"]
+    argv += ["--output_dir", str(tmp_path)]
+    script.main(argv)
+    lines = (tmp_path / "outputs.jsonl").read_text().splitlines()
+    (tmp_path / "outputs.jsonl").write_text(lines[0] + "\n")
+    capsys.readouterr()
+    script.main(argv)
+    (prompts, requests), again = asked
+    assert requests == [0, 1]
+    assert again == (prompts[1:], [1])
+    mine, other = (line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("0/1"))
+    assert mine[2:7] == other[1:6], "the same tokens at the same cost"
 
 
 def test_nothing_left_to_decode(checkpoint, capsys, tmp_path):
