@@ -40,9 +40,12 @@ def attend(
 ) -> Tensor:
     """Attention of ``q [B, H, T, D]`` over ``k, v [B, H_kv, S, D]`` -> ``[B, H, T, D]``.
 
-    ``mask`` broadcasts to ``[B, 1, T, S]``: bool (True = may attend), additive float (reference backend), or None (all see all).
+    ``mask``, ``[T, S]``, ``[B, T, S]`` or what broadcasts to ``[B, 1, T, S]``, is bool (True = may attend), additive float (reference backend), or
+    None (all see all).
     ``scale`` defaults to ``D ** -0.5``.
     """
     if backend not in BACKENDS:
         raise unknown_name("attention backend", backend, BACKENDS)
+    if mask is not None and mask.dim() < 4:
+        mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
     return BACKENDS[backend](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)

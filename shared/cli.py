@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ class ScriptArguments:
     trace: str | None = option(None, "write the traces to this JSON file")
     forward_stats: bool = option(False, "print each step's decoding order and tokens")
     preset: str | None = option(None, "a named setting; single flags go on top")
-    seed: int = option(42, "seed of every random draw", low=0)
+    seed: int = option(42, "seed of every random draw", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "auto, float32, bfloat16, float16, float64")
     prompt_length: int | None = option(None, "keep at most this many tokens of a prompt", low=1)
@@ -58,6 +60,11 @@ NEGATIONS = {"no_resample": "allow_resample"}
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **flat):
+        super().__init__(**flat)
+        # What may follow a flag although it begins with a dash; argparse's own pattern (before Python 3.14) lacks exponents.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
     def error(self, message: str):
         raise UserError(message)
 
@@ -117,7 +124,7 @@ def parse(
     preset = script.preset or (shipped if script.model is None else None)
     if preset is not None and preset not in presets:
         raise unknown_name("preset", preset, presets)
-    return script, options.from_flat({**presets.get(preset, {}), **given}), preset
+    return script, options.from_flat(presets.get(preset, {}), **given), preset
 
 
 def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -> tuple[list[dict], list[list[int]]]:
@@ -142,18 +149,38 @@ class Results:
     """
 
     def __init__(self, folder: str | None, run: dict, rank: int = 0):
-        self.file, self.done, self.run = None, set(), run
+        self.file, self.done, self.run, self.rank = None, set(), run, rank
         self.root = None if folder is None else Path(folder)
         if self.root is None:
             return
-        settings = self.root / "run.json"
-        if settings.is_file() and json.loads(settings.read_text()) != run:
-            raise UserError(
-                f"output_dir {folder!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
-            )
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"output_dir {folder!r} is a file. Allowed: a folder")
+        self._check_settings()
         self.path = self.root / (f"outputs.rank{rank}.jsonl" if rank else "outputs.jsonl")
         for path in self.root.glob("outputs*.jsonl"):
-            self.done |= {json.loads(line)["index"] for line in self._whole_lines(path).splitlines()}
+            self.done |= self._indices(path)
+
+    def _check_settings(self) -> None:
+        """Raise `UserError` if the folder holds results of another run."""
+        settings = self.root / "run.json"
+        try:
+            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
+        except ValueError as error:
+            raise UserError(
+                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
+            ) from error
+        if not same:
+            raise UserError(
+                f"output_dir {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+            )
+
+    @classmethod
+    def _indices(cls, path: Path) -> set[int]:
+        """The prompts whose texts a file holds."""
+        try:
+            return {json.loads(line)["index"] for line in cls._whole_lines(path).split(b"\n") if line}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: not every line is a JSON object with an index ({error})") from error
 
     @staticmethod
     def _whole_lines(path: Path) -> bytes:
@@ -163,10 +190,20 @@ class Results:
 
     def _open(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
+        unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
+        unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.root / "run.json")
         if self.path.is_file():
             self.path.write_bytes(self._whole_lines(self.path))
         self.file = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
     def add(self, index: int, record: dict, completion: Completion) -> None:
         """Append a finished text."""
@@ -174,9 +211,9 @@ class Results:
             return
         if self.file is None:
             self._open()
-        line = {
-            "index": index,
-            **record,
+        line = {"index": index, **record}
+        line |= {
+            "index": index,  # also where the record brings one of its own
             "text": completion.text,
             "token_ids": completion.tokens,
             "forwards": completion.trace.forwards,
@@ -210,9 +247,11 @@ class Streamer:
 
 
 def is_solved(record: dict, text: str) -> bool | None:
-    """Whether the text ends in the record's ``answer`` (after ``####``) or equals its ``expected`` text; None when the record has neither."""
+    """Whether the text ends in the record's ``answer`` (what stands after ``####`` in either) or equals its ``expected`` text; None when the record
+    has neither."""
     if "answer" in record:
-        return text.rsplit("####")[-1].strip() == str(record["answer"])
+        said, wanted = (str(words).split("####")[-1].strip() for words in (text, record["answer"]))
+        return said == wanted
     return text.strip() == record["expected"].strip() if "expected" in record else None
 
 
@@ -292,14 +331,17 @@ class Script:
             )
         output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
         if output is None:
+            if world.rank == 0:
+                print("nothing is left to decode")
             return
         print_texts(script, output, tokenizer)
         rows = {"this run": output}
         unasked = script.compare is None and script.prompt is None and script.prompt_file is None and world.size == 1
         if script.compare or unasked:
+            asked = [c.request for c in output.completions]  # after a resume, not all prompts
+            call = {"seed": script.seed, "batch_size": script.batch_size, "tokenizer": tokenizer, "requests": asked}
             for name, (generate, rival) in self.rivals(options).items():
-                call = {"seed": script.seed, "batch_size": script.batch_size, "tokenizer": tokenizer}
-                rows[name] = generate(model, prompts, rival, **call)
+                rows[name] = generate(model, [prompts[k] for k in asked], rival, **call)
         by_request = {
             name: [is_solved(records[c.request], c.text) for c in out.completions] for name, out in rows.items()
         }
@@ -336,16 +378,15 @@ class Script:
                     f"\n--- {len(completion.tokens)} tokens, {completion.trace.total_forwards} forwards\n", flush=True
                 )
 
-        output = self.generate(
-            model,
-            [prompts[k] for k in todo],
-            options,
-            requests=todo,
-            seed=script.seed,
-            batch_size=script.batch_size,
-            tokenizer=tokenizer,
-            on_block=streamer,
-            on_finish=finished,
-        )
-        bar.close()
-        return output
+        with results, bar:
+            return self.generate(
+                model,
+                [prompts[k] for k in todo],
+                options,
+                requests=todo,
+                seed=script.seed,
+                batch_size=script.batch_size,
+                tokenizer=tokenizer,
+                on_block=streamer,
+                on_finish=finished,
+            )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from shared.errors import UserError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
@@ -30,19 +32,32 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"model {name!r}: not a folder here, and the hub did not give it ({type(error).__name__}: {reason})"
-        ) from error
+        raise UserError(f"model {name!r}: not a folder here, and the hub did not give it ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What kind of error it is, and the first line of its message if it has one."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
+
+
+def _read_json(path: Path) -> dict:
+    """The object a file of the checkpoint holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON object is needed, {type(found).__name__} found")
+    return found
 
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{index}: not a readable safetensors index ({error})") from error
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (UserError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a readable safetensors index ({_reason(error)})") from error
         absent = [n for n in names if not (folder / n).is_file()]
         if absent:
             raise UserError(f"{folder}: the index lists shards that are not there: {', '.join(absent)}")
@@ -58,18 +73,20 @@ def read_state_dict(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    ignored: Collection[str] = (),
     part: Callable[[str, object], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint, checked by name and shape against ``expected`` before any of them is read.
 
-    ``part(key, weight)``: what to read of it, where ``weight`` is an unread safetensors slice (None: all).
+    Tensors named in ``ignored`` may be there and are left where they are. ``part(key, weight)``: what to read of a tensor, where ``weight`` is an unread
+    safetensors slice (None: all).
     """
     shards, shapes = _shards(folder), {}
     try:
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        _check_names(folder, expected, shapes)
+        _check_names(folder, expected, {k: shape for k, shape in shapes.items() if k not in ignored})
         state = {}
         for shard in shards:
             # A part is cut on the host: the device never sees the rest.
@@ -115,11 +132,11 @@ class CheckpointModel(nn.Module):
     @classmethod
     def read_config(cls, path_or_id: str | Path) -> tuple[Path, object]:
         """``(checkpoint folder, its config)``; refused if the folder holds another kind of model."""
-        folder = checkpoint_folder(path_or_id)
-        config = cls.config_class.from_pretrained(folder)
-        if config.model_type != json.loads((folder / "config.json").read_text()).get("model_type", config.model_type):
-            raise UserError(f"{folder}: config.json is not of model_type {config.model_type!r}")
-        return folder, config
+        folder, wanted = checkpoint_folder(path_or_id), cls.config_class.model_type
+        found = _read_json(folder / "config.json").get("model_type", wanted)
+        if found != wanted:
+            raise UserError(f"{folder}: config.json is of model_type {found!r}. Allowed: {wanted!r}")
+        return folder, cls.config_class.from_pretrained(folder)
 
     @classmethod
     def from_pretrained(
@@ -129,17 +146,25 @@ class CheckpointModel(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
     ):
-        """Weights of ``path_or_id`` on ``device`` in eval mode. ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU)."""
+        """Weights of ``path_or_id`` on ``device`` in eval mode.
+
+        ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU); ``device="auto"`` is the GPU when there is one.
+        """
+        device = resolve_device(device)
         folder, config = cls.read_config(path_or_id)
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
-        with torch.device("meta"):
-            model = cls(config)
-        tied = {k for k in model.state_dict() if k == "lm_head.weight" and config.tie_word_embeddings}
-        expected = {k: v.shape for k, v in model.state_dict().items() if k not in tied}
-        state = read_state_dict(folder, expected, dtype=dtype, device=device)
-        for key in tied:
-            state[key] = state["model.embed_tokens.weight"]
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+        head = [k for k in model.state_dict() if k == _HEAD and config.tie_word_embeddings]
+        expected = {k: v.shape for k, v in model.state_dict().items() if k not in head}
+        state = read_state_dict(folder, expected, dtype=dtype, device=device, ignored=head)
+        state |= {k: state[_EMBEDDING] for k in head}
         model.load_state_dict(state, assign=True)
+        if head:  # assigning gave each name a parameter of its own
+            model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
         model.folder = folder
         return model.eval().requires_grad_(False)
 
@@ -149,18 +174,19 @@ class CheckpointModel(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.torch_dtype = dtype or self.dtype
-        self.config.save_pretrained(folder)
-        tied = self.config.tie_word_embeddings
+        config = copy.deepcopy(self.config)
+        config.torch_dtype = dtype or self.dtype
+        config.save_pretrained(folder)
+        tied = config.tie_word_embeddings
         state = {
             k: v.detach().to(dtype or v.dtype).contiguous().cpu()
             for k, v in self.state_dict().items()
-            if not (tied and k == "lm_head.weight")
+            if not (tied and k == _HEAD)
         }
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: torch.device | str) -> torch.device:
     """``auto`` is the GPU when there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -197,9 +223,9 @@ def load_tokenizer(path_or_id: str | Path):
 
     folder = checkpoint_folder(path_or_id)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no usable tokenizer ({str(error).strip().splitlines()[0][:200]})") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
+        raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
 
 
 def special_ids(
@@ -215,30 +241,36 @@ def special_ids(
 ) -> tuple[int, tuple[int, ...]]:
     """``(mask id, stop ids)``, each from the first that names it: flag, config, tokenizer, family table.
 
-    The generation config's eos ids count as the config's. Every id is checked against the vocabulary.
+    The generation config's eos ids count as the config's. Every id is checked against the vocabulary; the family's, which are those of its
+    released checkpoints, do not count where they lie outside it.
     """
-    for candidate in (
-        mask_id,
-        getattr(config, "mask_token_id", None),
-        getattr(tokenizer, "mask_token_id", None),
-        family_mask,
-    ):
-        if candidate is not None:
-            mask_id = int(candidate)
-            break
-    else:
-        raise UserError("mask_id: neither the flag, the config nor the tokenizer names a mask token; give --mask_id")
+    if family_mask is not None and family_mask >= vocab_size:
+        family_mask = None
+    mask = _mask_id(mask_id, config, tokenizer, family_mask)
     if stop_ids is None:
-        generation = folder / "generation_config.json" if folder else None
-        listed = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.is_file() else None
-        for candidate in (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family_stop):
-            if candidate is not None:
-                stop_ids = candidate if isinstance(candidate, Iterable) else [candidate]
-                break
-    stop_ids = tuple(int(i) for i in stop_ids)
-    for field, value in [("mask_id", mask_id), *(("stopping_criteria_idx", i) for i in stop_ids)]:
+        stop_ids = _stop_ids(config, folder, tokenizer, [i for i in family_stop if i < vocab_size])
+    stops = tuple(int(i) for i in stop_ids)
+    for field, value in [("mask_id", mask), *(("stopping_criteria_idx", i) for i in stops)]:
         if not 0 <= value < vocab_size:
             raise UserError(f"{field} {value} is outside the vocabulary. Allowed: 0 to {vocab_size - 1}")
-    if mask_id in stop_ids:
-        raise UserError(f"mask_id {mask_id} is also a stop id")
-    return mask_id, stop_ids
+    if mask in stops:
+        raise UserError(f"mask_id {mask} is also a stop id")
+    return mask, stops
+
+
+def _mask_id(given: int | None, config, tokenizer, family: int | None) -> int:
+    """The first of them that is not None."""
+    candidates = (given, getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None), family)
+    found = next((c for c in candidates if c is not None), None)
+    if found is None:
+        raise UserError("mask_id: neither the flag, the config nor the tokenizer names a mask token; give --mask_id")
+    return int(found)
+
+
+def _stop_ids(config, folder: Path | None, tokenizer, family: list[int]) -> Iterable[int]:
+    """The eos ids of the first that has any: generation config, config, tokenizer, family table."""
+    generation = folder / "generation_config.json" if folder else None
+    listed = _read_json(generation).get("eos_token_id") if generation and generation.is_file() else None
+    candidates = (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family)
+    found = next(c for c in candidates if c is not None)
+    return found if isinstance(found, Iterable) else [found]

@@ -7,9 +7,12 @@ composes the groups it supports; a group that is absent means its flags do not e
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from shared.errors import UserError, unknown_name
@@ -33,21 +36,52 @@ def option(default, help: str, *, low: float | None = None, high: float | None =
     return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
 
 
+def _unwrap(kind: Any) -> tuple[Any, bool]:
+    """``X | None`` -> ``(X, True)``; any other type -> ``(itself, False)``."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind, False
+    return next(k for k in get_args(kind) if k is not type(None)), True
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Is ``value`` of this type? An int will do for a float, a bool for neither."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(v, int) for v in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+
+
+def _named(kind: Any) -> str:
+    """A type as messages call it."""
+    return {bool: "true or false", str: "text"}.get(kind) or getattr(kind, "__name__", "")
+
+
 def check(group) -> None:
-    """Raise `UserError` unless every field of ``group`` is one of its choices and inside its range."""
+    """Raise `UserError` unless every field of ``group`` has its type, is one of its choices and inside its range."""
     hints = get_type_hints(type(group))
     for f in dataclasses.fields(group):
-        value, kind = getattr(group, f.name), hints[f.name]
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise unknown_name(f.name, str(value), get_args(kind))
-        if value is None or isinstance(value, (bool, str, tuple)):
+        value, (kind, nullable) = getattr(group, f.name), _unwrap(hints[f.name])
+        if value is None and nullable:
             continue
-        low, high, above = (f.metadata.get(k) for k in ("low", "high", "above"))
-        inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        if not inside:  # NaN fails every comparison and lands here too
-            bounds = [f"above {above}"] * (above is not None) + [f"at least {low}"] * (low is not None)
-            bounds += [f"at most {high}"] * (high is not None)
-            raise UserError(f"{f.name} is {value}. Allowed: {' and '.join(bounds)}")
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise unknown_name(f.name, str(value), get_args(kind))
+        elif not _is(value, kind):
+            raise UserError(f"{f.name} is {value!r}. Allowed: {_named(kind)}")
+        elif kind in (int, float):
+            _check_range(f, value)
+
+
+def _check_range(f: dataclasses.Field, value: float) -> None:
+    low, high, above = (f.metadata.get(k) for k in ("low", "high", "above"))
+    inside = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    finite = isinstance(value, Integral) or math.isfinite(value)
+    if inside and finite:
+        return
+    bounds = ["a finite number"] * (not finite) + [f"above {above}"] * (above is not None)
+    bounds += [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+    raise UserError(f"{f.name} is {value}. Allowed: {' and '.join(bounds)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +242,7 @@ ALIASES = {
     "confidence_threshold": ("confidence_threshold", "threshold"),
 }
 
+_NONE = (None, "None", "none")
 _TRUE, _FALSE = {"true", "yes", "t", "y", "1"}, {"false", "no", "f", "n", "0"}
 
 
@@ -227,37 +262,47 @@ class FlatOptions:
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any] | None = None, **more):
-        """Options from flat keywords over the defaults. An unknown key raises with a suggestion.
+        """Options from flat keywords over the defaults, ``more`` over ``flat``. An unknown key raises with a suggestion.
 
-        ``do_sample=False`` means temperature 0; ``do_sample=True`` without a temperature means temperature 1.
+        ``do_sample=False`` means temperature 0; ``do_sample=True`` means temperature 1 unless its own mapping names a temperature or the one
+        below has one above 0.
         """
-        flat = cls._canonical({**(flat or {}), **more})
         names, by_group = cls.names(), {}
-        for key, value in flat.items():
-            group, kind = names[key]
-            by_group.setdefault(group, {})[key] = coerce(key, value, kind)
+        for key, value in cls._layered(flat or {}, more).items():
+            by_group.setdefault(names[key][0], {})[key] = value
         return cls(**{g: kind(**by_group.get(g, {})) for g, kind in cls.groups().items()})
 
     @classmethod
-    def _canonical(cls, flat: dict[str, Any]) -> dict[str, Any]:
+    def _layered(cls, *layers: Mapping[str, Any]) -> dict[str, Any]:
+        """Later layers over earlier ones. Each is made canonical first, so that any spelling overrides any other."""
+        merged: dict[str, Any] = {}
+        for layer in map(cls._canonical, layers):
+            do_sample = layer.pop("do_sample", None)
+            merged |= layer
+            if do_sample is False:
+                merged["temperature"] = 0.0
+            elif do_sample and "temperature" not in layer:
+                merged["temperature"] = merged.get("temperature") or 1.0
+        return merged
+
+    @classmethod
+    def _canonical(cls, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """``flat`` with every option under its own name and of its own type, and ``do_sample``, a bool, if it was there."""
         flat, names = dict(flat), cls.names()
         for name, spellings in ALIASES.items():
-            if name in names:
-                given = [flat.pop(s) for s in spellings if flat.get(s) is not None]
-                if given:
-                    flat[name] = given[0]
-        do_sample = flat.pop("do_sample", None)
-        if do_sample is not None and "temperature" in names:
-            if not coerce("do_sample", do_sample, bool):
-                flat["temperature"] = 0.0
-            else:
-                flat.setdefault("temperature", 1.0)
+            given = [flat.pop(s) for s in spellings if s in flat] if name in names else []
+            value = next((v for v in given if v not in _NONE), None)
+            if value is not None or (given and _unwrap(names[name][1])[1]):
+                flat[name] = value
+        kinds = {name: kind for name, (_, kind) in names.items()}
+        if "temperature" in names:
+            kinds["do_sample"] = bool | None
         for key in flat:
-            if key not in names:
+            if key not in kinds:
                 raise unknown_name(
-                    "option", key, [*names, *(s for n, row in ALIASES.items() if n in names for s in row)]
+                    "option", key, [*kinds, *(s for n, row in ALIASES.items() if n in names for s in row)]
                 )
-        return flat
+        return {key: coerce(key, value, kinds[key]) for key, value in flat.items()}
 
     def to_flat(self) -> dict[str, Any]:
         """Every option by its flat name, as plain JSON data."""
@@ -268,32 +313,55 @@ class FlatOptions:
 
     def replace(self, **flat):
         """A copy with some options changed."""
-        return type(self).from_flat({**self.to_flat(), **flat})
+        return type(self).from_flat(self.to_flat(), **flat)
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind``; accepts what command lines and lm-eval produce (``"true"``, ``-1.0`` for an int, one id for a tuple)."""
-    if get_origin(kind) in (Union, types.UnionType):
-        if value is None or value in ("None", "none"):
-            return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
+    """``value`` as ``kind``; accepts what command lines and lm-eval produce (``"true"``, ``-1.0`` for an int, one id for a tuple).
+
+    ``"none"`` is None where a number or a bool may be None, no ids where a list of ids is wanted, and a text where a text is.
+    """
+    kind, nullable = _unwrap(kind)
+    is_list = get_origin(kind) is tuple
+    if nullable and (value is None or (value in ("None", "none") and kind is not str and not is_list)):
+        return None
+    if get_origin(kind) is Literal:
+        return str(value)
     try:
-        if get_origin(kind) is tuple:
-            items = value.replace(",", " ").split() if isinstance(value, str) else value
-            return tuple(int(i) for i in items) if isinstance(items, (list, tuple)) else (int(items),)
-        if get_origin(kind) is Literal:
-            return str(value)
+        if is_list:
+            return _token_ids(value)
         if kind is bool:
-            if isinstance(value, str):
-                return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[value.lower()]
-            if value not in (0, 1):
-                raise ValueError
-            return bool(value)
-        if isinstance(value, bool):
+            return _bool(value)
+        if isinstance(value, bool) or (value is None and kind is str):
             raise ValueError
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
+        return _int(value) if kind is int else kind(value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        wanted = "true or false" if kind is bool else getattr(kind, "__name__", "a list of token ids")
+        wanted = "a list of token ids" if is_list else _named(kind)
         raise UserError(f"{name} is {value!r}. Allowed: {wanted}") from error
+
+
+def _bool(value: Any) -> bool:
+    if isinstance(value, str):
+        return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[value.lower()]
+    if value not in (0, 1):
+        raise ValueError
+    return bool(value)
+
+
+def _int(value: Any) -> int:
+    """An integer, also one written as a float; others never pass through a float, which rounds above 2**53."""
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, (str, Integral)):
+        with suppress(ValueError):
+            return int(value)
+    if float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """Ids from ``5``, ``[1, 2]``, ``"1, 2 3"``, or what a command line makes of them (``["1,2", "3"]``); none from ``"none"`` and ``""``."""
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    words = [w for item in items for w in (item.replace(",", " ").split() if isinstance(item, str) else [item])]
+    return () if words in (["none"], ["None"]) else tuple(map(_int, words))

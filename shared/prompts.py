@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from shared.errors import UserError
 
 
 def as_prompts(input_ids, attention_mask=None) -> list[list[int]]:
-    """``[P]`` or ``[B, P]`` ids (tensor or list), or a list of id lists of any lengths -> one list of ids per prompt.
+    """``[P]`` or ``[B, P]`` ids (tensor, array or list), or a list of id lists of any lengths -> one list of ids per prompt.
 
     ``attention_mask [B, P]`` (1 = token, 0 = padding) removes padding on either side.
     """
-    rows = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
-    if rows and not isinstance(rows[0], (list, tuple, torch.Tensor)):
-        rows = [rows]
-    rows = [r.tolist() if isinstance(r, torch.Tensor) else list(r) for r in rows]
+    rows = _rows(input_ids)
     if attention_mask is None:
         return rows
-    keep = attention_mask.tolist() if isinstance(attention_mask, torch.Tensor) else list(attention_mask)
-    keep = keep if keep and isinstance(keep[0], (list, tuple)) else [keep]
+    keep = _rows(attention_mask)
     if [len(k) for k in keep] != [len(r) for r in rows]:
         raise UserError("attention_mask has another shape than input_ids")
     return [[t for t, here in zip(r, k, strict=True) if here] for r, k in zip(rows, keep, strict=True)]
+
+
+def _rows(values) -> list[list]:
+    """One list of plain numbers per row of a tensor, an array or a nested list; a flat one is one row."""
+    plain = lambda x: x.tolist() if hasattr(x, "tolist") else x  # noqa: E731
+    rows = [plain(row) for row in plain(values)]
+    if rows and not isinstance(rows[0], (list, tuple)):
+        rows = [rows]
+    return [[plain(value) for value in row] for row in rows]
 
 
 def read_prompt_file(path: str | Path) -> list[dict]:
@@ -36,7 +39,8 @@ def read_prompt_file(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a JSON string and a prompt may hold U+2028 and the like, which it takes for line ends.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file {str(path)!r} cannot be read ({error})") from error
     records = [
@@ -60,18 +64,33 @@ def _record(line: str, where: str) -> dict:
         raise UserError(
             f"{where}: {type(record).__name__} found. Allowed: an object with 'prompt' or 'messages', or a string"
         )
-    if "prompt" not in record and "question" in record:
-        record = {"prompt": record["question"], **record}
-    if not isinstance(record.get("prompt"), str) and not isinstance(record.get("messages"), list):
-        raise UserError(f"{where}: no text under 'prompt' and no list under 'messages'")
+    if record.get("prompt") is None and "question" in record:
+        record = {**record, "prompt": record["question"]}
+    try:
+        _check_record(record)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return record
+
+
+def _check_record(record: dict) -> None:
+    """Raise `UserError` unless the record has messages, each a role and a text, or else a prompt that says something."""
+    messages, prompt = record.get("messages"), record.get("prompt")
+    if messages and isinstance(messages, list):
+        for k, message in enumerate(messages):
+            parts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+            if not all(isinstance(part, str) for part in parts):
+                raise UserError(f"message {k} is no object with texts under 'role' and 'content'")
+    elif messages or not isinstance(prompt, str):
+        raise UserError("no text under 'prompt' and no list under 'messages'")
+    elif not prompt.strip():
+        raise UserError("the prompt is empty. Allowed: some text")
 
 
 def encode_prompt(tokenizer, record: dict, *, chat: bool = True) -> list[int]:
     """Token ids of a record of `read_prompt_file`: through the chat template, or as plain text without special tokens."""
+    _check_record(record)
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-    if "prompt" in record and not record["prompt"].strip():
-        raise UserError("the prompt is empty. Allowed: some text")
     if not chat:
         return tokenizer("\n".join(m["content"] for m in messages), add_special_tokens=False)["input_ids"]
     if not tokenizer.chat_template:

@@ -7,6 +7,7 @@ in float64 in token-id order, exceeds the uniform.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GREEDY_BELOW = 1e-6  # temperatures under this are greedy, as in the published code
@@ -27,10 +28,10 @@ def transform(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p < 1.0:
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        mass = ordered.softmax(-1)
-        drop = mass.cumsum(-1) - mass > top_p
-        drop[..., 0] = False
-        logits = logits.masked_fill(drop.gather(-1, ids.argsort(-1)), float("-inf"))
+        # The shifted sum, not the sum less the token's own mass: that rounds, and misses a sum equal to p.
+        before = F.pad(ordered.softmax(-1).cumsum(-1)[..., :-1], (1, 0))
+        drop = torch.zeros_like(ids, dtype=torch.bool).scatter(-1, ids, before > top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
     return logits
 
 

@@ -65,6 +65,19 @@ def test_an_additive_mask_adds():
     assert attend(q, k, v, bias, backend="reference").flatten().tolist() == pytest.approx([3.0, 2.0])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_fewer_dimensions(backend):
+    """``[T, S]`` holds for every row, ``[B, T, S]`` has a mask a row."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 2, 8, generator=rng) for heads in (4, 2, 2))
+    shared, own = torch.tensor([[True, False], [True, True]]), torch.tensor([[True, True], [False, True]])
+    rows = torch.stack([shared, own])
+    want = attend(q, k, v, rows[:, None], backend=backend)
+    assert torch.equal(attend(q, k, v, rows, backend=backend), want)
+    assert torch.allclose(attend(q, k, v, shared, backend=backend)[0], want[0], atol=1e-6)
+    assert torch.allclose(attend(q, k, v, own, backend=backend)[1], want[1], atol=1e-6)
+
+
 def test_sdpa_refuses_float_masks():
     q = torch.zeros(1, 1, 1, 2)
     with pytest.raises(ValueError, match="bool masks"):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.batch import Batch
+from shared.batch import Batch, Finished
 from shared.draft import Choice, Draft, How
-from shared.options import Sampling
+from shared.options import Blocks, Sampling
 from shared.uniforms import Uniforms
 
 MASK, STOP, LENGTH = 99, 7, 4
@@ -28,8 +30,8 @@ def new_batch(prompts, *, rows=2, tokens=6, requests=None, steps=LENGTH) -> Batc
     )
 
 
-def write(batch: Batch, token: int = 5, take=None, *, how=How.UNMASKED, verified=False, confidence=0.5):
-    """One step that fills ``take [b, L]`` (default: every masked position) of the active rows with ``token``."""
+def write(batch: Batch, token: int = 5, take=None, *, how=How.UNMASKED, reach=0, confidence=0.5, drafted=None):
+    """One step that fills ``take [b, L]`` (default: every masked position) of the active rows with ``token``; the draft was ``drafted``."""
     rows = batch.active
     index = batch.index(rows)
     block = batch.block(index)
@@ -42,12 +44,13 @@ def write(batch: Batch, token: int = 5, take=None, *, how=How.UNMASKED, verified
     choice = Choice.none(draft)
     place = torch.arange(LENGTH).expand_as(tokens)
     choice.add(masked & (torch.tensor(take) if take else masked), tokens, how, place)
-    return batch.write(rows, draft, choice, torch.full((len(rows),), verified))
+    if drafted is not None:
+        draft = replace(draft, tokens=torch.tensor(drafted))
+    return batch.write(rows, draft, choice, torch.full((len(rows),), reach))
 
 
-def finish(batch: Batch, i: int, **flat):
-    call = {"trim": True, "whole_blocks": False, "decode": None, **flat}
-    return batch.retire(i, **call)
+def finish(batch: Batch, i: int, decode=None, **blocks):
+    return batch.retire(i, Blocks(**blocks), decode)
 
 
 @given(st.lists(st.integers(1, 11), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 3))
@@ -68,15 +71,13 @@ def test_layout(lengths, tokens, rows):
 def test_a_text_from_start_to_end():
     batch = new_batch([[1, 2, 3, 4, 5]], rows=1, tokens=5)
     batch.admit()
-    assert write(batch, 10, [[False, True, False, True]], how=How.ACCEPTED, verified=True, confidence=0.75) == []
+    assert write(batch, 10, [[False, True, False, True]], how=How.ACCEPTED, reach=4, confidence=0.75) == []
     assert batch.decoded.tolist() == [2]
-    assert write(batch, 11) == [(0, False)]
+    assert write(batch, 11) == [Finished(0, last=False, verified_to=0)]
     assert batch.new_tokens(0) == [10, 11, 10]
-    assert not batch.ends(0, False)
     batch.advance([0])
     assert batch.decoded.tolist() == [0]
-    assert write(batch, 12) == [(0, False)]
-    assert batch.ends(0, False)
+    assert write(batch, 12) == [Finished(0, last=True, verified_to=0)]
     batch.count("draft", [0])
     done = finish(batch, 0, decode=lambda ids: "".join(chr(87 + t) for t in ids))
     assert done.tokens == [10, 11, 10, 12, 12], "five of the seven decoded"
@@ -107,23 +108,42 @@ def test_what_is_returned_after_a_stop(trim, whole, want):
     batch.admit()
     write(batch, 5)
     batch.advance([0])
-    ((row, stop),) = write(batch, STOP)
-    assert batch.ends(row, stop)
-    assert finish(batch, row, trim=trim, whole_blocks=whole).tokens == want
+    (done,) = write(batch, STOP)
+    assert done.last
+    assert finish(batch, done.row, trim_stop_tokens=trim, round_to_blocks=whole).tokens == want
 
 
 def test_a_stop_id_in_the_prompt_does_not_count():
     batch = new_batch([[1, STOP]], rows=1)
     batch.admit()
-    assert write(batch) == [(0, False)]
+    assert write(batch) == [Finished(0, last=False, verified_to=0)]
 
 
 def test_a_stop_id_right_after_the_prompt_counts():
     batch = new_batch([[1, 2]], rows=1)
     batch.admit()
     write(batch, STOP, [[False, False, True, False]])
-    assert write(batch) == [(0, True)]
+    assert write(batch) == [Finished(0, last=True, verified_to=0)]
     assert finish(batch, 0).tokens == []
+
+
+@pytest.mark.parametrize(
+    ("drafted", "reach", "verified_to"),
+    [([5] * 4, 0, 0), ([5] * 4, 4, 4), ([5] * 4, 3, 3), ([5, 5, 6, 5], 4, 0)],
+    ids=["not verified", "to the end", "up to the span's end", "a token differs from its draft"],
+)
+def test_how_far_a_finished_block_was_verified_as_it_is(drafted, reach, verified_to):
+    batch = new_batch([[1] * 4], rows=1)
+    batch.admit()
+    assert write(batch, 5, how=How.ACCEPTED, reach=reach, drafted=[drafted]) == [Finished(0, False, verified_to)]
+
+
+def test_a_draft_that_was_not_taken_does_not_count_as_changed():
+    """What the step leaves masked, or what was known before, is no difference between the drafted block and the final one."""
+    batch = new_batch([[1, 2]], rows=1)
+    batch.admit()
+    write(batch, 5, [[False, False, True, False]], drafted=[[5, 5, 5, 9]])
+    assert write(batch, 5, reach=4, drafted=[[8, 8, 8, 5]]) == [Finished(0, False, 4)]
 
 
 def test_a_free_row_takes_the_next_prompt():

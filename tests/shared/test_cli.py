@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,6 +115,12 @@ def test_other_spellings():
         ("ssd_ratio_threshold", ["--ssd_ratio_threshold", "-1.0"], -1.0),
         ("stopping_criteria_idx", ["--stopping_criteria_idx", "1", "2"], (1, 2)),
         ("stopping_criteria_idx", ["--stopping_criteria_idx", "5"], (5,)),
+        ("stopping_criteria_idx", ["--stopping_criteria_idx", "1,2"], (1, 2)),
+        ("stopping_criteria_idx", ["--stopping_criteria_idx", "none"], ()),
+        ("stopping_criteria_idx", ["--stopping_criteria_idx", "-5", "3"], (-5, 3)),
+        ("score_penalty_coef", ["--score_penalty_coef", "-1e-3"], -1e-3),
+        ("score_penalty_coef", ["--score_penalty_coef", "-.5E+1"], -5.0),
+        ("score_penalty_coef", ["--score_penalty_coef=-2"], -2.0),
         ("temperature", ["--do_sample"], 1.0),
         ("temperature", ["--do_sample", "--temperature", "0.5"], 0.5),
         ("temperature", ["--do_sample", "false", "--temperature", "0.5"], 0.0),
@@ -138,6 +145,10 @@ def test_values(name, argv, value):
         (["--top_p", "2"], "top_p is 2.0. Allowed: above 0.0 and at most 1.0"),
         (["--do_verify_policy", "alway"], "unknown do_verify_policy 'alway'; did you mean always"),
         (["--batch_size", "0"], "batch_size is 0. Allowed: at least 1"),
+        (["--seed", str(2**64)], f"seed is {2**64}. Allowed: at least 0 and at most {2**63 - 1}"),
+        (["--stopping_criteria_idx", "1.7"], "stopping_criteria_idx is .*Allowed: a list of token ids"),
+        (["--score_penalty_coef", "--stream"], "expected one argument"),
+        (["--do_smaple"], "unknown flag 'do_smaple'; did you mean do_sample"),
         (["--preset", "papper"], "unknown preset 'papper'; did you mean paper"),
         (["--prompt", "a", "--prompt_file", "b"], "prompt and prompt_file are both given"),
     ],
@@ -151,6 +162,28 @@ def test_presets_with_flags_on_top():
     _, options, preset = parsed("--preset", "paper", "--block_size", "8")
     assert preset == "paper"
     assert (options.blocks.block_length, options.cache.cache_ver) == (8, True)
+
+
+def test_flags_override_other_spellings_of_a_preset():
+    presets = {"small": {"gen_length": 9, "do_sample": True, "threshold": 0.5}}
+    settings = lambda *argv: parse(Options, presets, argv, "", "small")[1]  # noqa: E731
+    assert settings().blocks.max_new_tokens == 9
+    for flag in ("--max_new_tokens", "--max_gen_toks", "--gen_length"):
+        assert settings(flag, "16").blocks.max_new_tokens == 16
+    assert settings("--confidence_threshold", "0.25").unmask.confidence_threshold == 0.25
+    assert settings().sampling.temperature == 1
+    assert settings("--temperature", "0.5").sampling.temperature == 0.5
+    assert settings("--do_sample", "false").sampling.temperature == 0
+    assert parsed("--do_sample", presets={"small": {"temperature": 0.0}})[1].sampling.temperature == 1
+
+
+def test_texts_that_read_none():
+    script, _, _ = parsed("--prompt", "None", "--batch_size", "2", "--prompt_length", "none")
+    assert (script.prompt, script.prompt_length) == ("None", None)
+
+
+def test_a_big_seed_is_kept_whole():
+    assert parsed("--seed", str(2**53 + 1))[0].seed == 2**53 + 1
 
 
 def test_the_shipped_preset_needs_no_model():
@@ -225,6 +258,66 @@ def test_results_of_other_settings_are_refused(tmp_path):
     assert len(saved(tmp_path)) == 1
 
 
+def test_a_record_of_its_own_index(tmp_path):
+    with Results(str(tmp_path), RUN) as results:
+        results.add(0, {"prompt": "x", "index": 41, "text": "mine"}, completion(0))
+    (line,) = saved(tmp_path)
+    assert (line["index"], line["text"], next(iter(line))) == (0, "text 0 ä\n", "index")
+    assert Results(str(tmp_path), RUN).done == {0}
+
+
+def test_results_close_their_file(tmp_path):
+    with Results(str(tmp_path), RUN) as results:
+        results.add(0, {}, completion(0))
+        file = results.file
+    assert file.closed
+    with Results(str(tmp_path / "none"), RUN):
+        pass
+    assert not (tmp_path / "none").exists(), "nothing finished, nothing written"
+
+
+def test_settings_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Results(str(tmp_path), RUN).add(0, {}, completion(0))
+    assert not (tmp_path / "run.json").exists()
+    Results(str(tmp_path), RUN).add(0, {}, completion(0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["outputs.jsonl", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", '{"a"', "run.json is damaged"),
+        ("outputs.jsonl", "{\n", "outputs.jsonl is damaged"),
+        ("outputs.jsonl", "{}\n", "outputs.jsonl is damaged"),
+        ("outputs.rank1.jsonl", "[1]\n", "outputs.rank1.jsonl is damaged"),
+    ],
+)
+def test_a_damaged_folder(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        Results(str(tmp_path), RUN)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        Results(str(tmp_path / "out"), RUN)
+
+
+def test_every_process_has_a_file_and_all_are_read(tmp_path):
+    for rank in (0, 1):
+        with Results(str(tmp_path), RUN, rank) as results:
+            results.add(rank, {}, completion(rank))
+    assert (tmp_path / "outputs.rank1.jsonl").is_file()
+    assert Results(str(tmp_path), RUN).done == {0, 1}
+
+
 def test_no_folder_no_results():
     results = Results(None, RUN)
     results.add(0, {}, completion(0))
@@ -272,6 +365,10 @@ def test_streamer_names_texts_when_there_are_many(capsys):
         ({"answer": "12"}, "12", True),
         ({"answer": 12}, "#### 1 #### 13", False),
         ({}, "#### 12", None),
+        ({"answer": "3 x 4 = 12\n#### 12"}, "so\n#### 12", True),
+        ({"answer": "3 x 4 = 12\n#### 12"}, "12", True),
+        ({"answer": "3 x 4 = 12\n#### 12"}, "3 x 4 = 12\n#### 13", False),
+        ({"expected": "a b"}, " a b\n", True),
     ],
 )
 def test_is_solved(record, text, want):
@@ -360,6 +457,38 @@ def test_script_resumes(checkpoint, capsys, tmp_path):
     assert "1 of 2 texts are in" in capsys.readouterr().out
     again = [json.loads(line) for line in (tmp_path / "out" / "outputs.jsonl").read_text().splitlines()]
     assert [line["token_ids"] for line in again] == [json.loads(line)["token_ids"] for line in lines]
+
+
+def test_rivals_of_a_resumed_run_decode_what_it_decoded(checkpoint, capsys, tmp_path):
+    """Of two problems the first is on disk: every row of the table is about the second, with the second's own random numbers."""
+    asked = []
+
+    def rival(model, prompts, options, **call):
+        asked.append((prompts, call["requests"]))
+        return generate_ssd_policy.block_diffusion_generate(model, prompts, options, **call)
+
+    script = dataclasses.replace(generate_ssd_policy.SCRIPT, rivals=lambda options: {"rival": (rival, options)})
+    argv = ["--model", str(checkpoint), "--max_new_tokens", "6", "--device", "cpu", "--temperature", "1", "--compare"]
+    argv += ["--output_dir", str(tmp_path)]
+    script.main(argv)
+    lines = (tmp_path / "outputs.jsonl").read_text().splitlines()
+    (tmp_path / "outputs.jsonl").write_text(lines[0] + "\n")
+    capsys.readouterr()
+    script.main(argv)
+    (prompts, requests), again = asked
+    assert requests == [0, 1]
+    assert again == (prompts[1:], [1])
+    mine, other = (line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("0/1"))
+    assert mine[2:7] == other[1:6], "the same tokens at the same cost"
+
+
+def test_nothing_left_to_decode(checkpoint, capsys, tmp_path):
+    run(checkpoint, "--output_dir", str(tmp_path))
+    capsys.readouterr()
+    run(checkpoint, "--output_dir", str(tmp_path), "--compare")
+    out = capsys.readouterr().out
+    assert "2 of 2 texts are in" in out
+    assert out.splitlines()[-1] == "nothing is left to decode"
 
 
 @pytest.mark.parametrize("argv", [["--block_length", "0"], ["--prompt_file", "/absent.txt"], ["--dtype", "half"]])

@@ -14,3 +14,12 @@ def test_nothing_near():
     assert "did you mean" not in text
     assert text.startswith("unknown policy 'zzz'")
     assert text.endswith("Allowed: always, never")
+
+
+def test_no_name_is_told_twice():
+    text = str(unknown_name("option", "block_lenght", ["block_length", "top_k", "block_length"]))
+    assert text == "unknown option 'block_lenght'; did you mean block_length? Allowed: block_length, top_k"
+
+
+def test_a_full_stop_stands_before_what_is_allowed():
+    assert str(unknown_name("policy", "zzz", ["always"])) == "unknown policy 'zzz'. Allowed: always"

@@ -136,6 +136,42 @@ def test_a_sub_block_is_rewritten_in_place():
     assert visible.sum(-1).tolist() == [5, 7]
 
 
+def test_an_entry_ahead_sees_the_block_its_row_commits_in_the_same_forward():
+    """Row 0 (3 tokens) commits a block and drafts the next one at once; row 1 (5 tokens) only drafts."""
+    cache, rng = with_lengths(3, 5, 0), torch.Generator().manual_seed(0)
+    old = fresh(rng, 2, 5)
+    for layer in range(LAYERS):
+        cache.keys[layer, :2, :, :5], cache.values[layer, :2, :, :5] = old[layer, 0], old[layer, 1]
+    new = fresh(rng, 3, 2)  # entries: draft of row 0, draft of row 1, the block of row 0
+    window = cache.window(2, [0, 1, 0], ahead=[2, 0, 0])
+    mask = window.mask(None)[:, 0, 0]
+    assert window.extent == 7
+    assert mask.int().tolist() == [[1] * 7, [1] * 7, [1] * 5 + [0] * 2]
+    for layer in range(LAYERS):
+        keys, values = window.update(layer, new[layer, 0], new[layer, 1])
+        for part, (seen, was, now) in enumerate(
+            ((keys, old[layer, 0], new[layer, 0]), (values, old[layer, 1], new[layer, 1]))
+        ):
+            assert torch.equal(seen[0], torch.cat([was[0, :, :3], now[2], now[0]], 1)), part
+            assert torch.equal(seen[1], torch.cat([was[1], now[1]], 1))
+            assert torch.equal(seen[2][:, :5], torch.cat([was[0, :, :3], now[2]], 1))
+    assert cache.lengths == [3, 5, 0], "only a commit moves a length"
+    cache.commit([2], [0])
+    draft_again = fresh(rng, 2, 2)
+    keys, _ = cache.window(2, [0, 1]).update(0, draft_again[0, 0], draft_again[0, 1])
+    assert torch.equal(keys[0, :, :5], torch.cat([old[0, 0, 0, :, :3], new[0, 0, 2]], 1)), "the block was kept"
+
+
+def test_entries_ahead_at_one_prefix_see_everything():
+    """Prefixes 2 + 2 and 4 + 0 are the same: there is nothing to hide, but the slots differ from those of a plain window."""
+    window = with_lengths(2, 4, 0).window(2, [0, 1], ahead=[2, 0])
+    assert window.uniform
+    assert window.mask(None) is None
+    assert window.prefix.tolist() == [4, 4]
+    with pytest.raises(ValueError, match="slots"):
+        with_lengths(SLOTS - 3, 0, 0).window(2, [0], ahead=[2])
+
+
 def test_no_mask_when_all_see_all():
     assert with_lengths(3, 3, 3).window(2).mask(None) is None
     assert with_lengths(3, 3, 0).window(2, [0, 1]).mask(None) is None

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from sdar import SDARConfig, SDARForCausalLM
@@ -63,7 +64,31 @@ def test_tied_embeddings(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = SDARForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(tied))
-    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert len(list(loaded.parameters())) == len(list(tied.parameters()))
+    assert not loaded.lm_head.weight.requires_grad
+
+
+def test_a_tied_checkpoint_may_list_its_head(tmp_path):
+    tied = tiny(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    edit(tmp_path, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(logits(SDARForCausalLM.from_pretrained(tmp_path)), logits(tied))
+
+
+def test_saving_leaves_the_config_alone(tmp_path):
+    model = tiny()
+    before = model.config.to_dict()
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.config.to_dict() == before
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_device_auto(folder):
+    want = "cuda" if torch.cuda.is_available() else "cpu"
+    assert SDARForCausalLM.from_pretrained(folder, device="auto").device.type == want
+    with pytest.raises(UserError, match="'gpu0' is not one torch knows"):
+        SDARForCausalLM.from_pretrained(folder, device="gpu0")
 
 
 def shard(folder) -> None:
@@ -121,6 +146,35 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(folder):
     assert torch.equal(logits(SDARForCausalLM.from_pretrained(folder)), logits(tiny()))
 
 
+def config_of(folder, text: str | None = None, **change) -> None:
+    """Rewrite the config: some fields, or all of it."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if text is None else text)
+
+
+def test_a_checkpoint_of_another_model_type(folder):
+    config_of(folder, model_type="qwen3")
+    refused(folder, "model_type 'qwen3'. Allowed: 'sdar'")
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "[1]", "\ufffd", ""])
+def test_a_damaged_config(folder, text):
+    config_of(folder, text)
+    refused(folder, "config.json: (not readable as JSON|a JSON object is needed, list found)")
+
+
+def test_a_config_the_model_does_not_support(folder):
+    config_of(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    refused(folder, "rope_scaling")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index(folder, text):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused(folder, "not a readable safetensors index")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -5])
 def test_a_damaged_weight_file(folder, keep):
     path = folder / "model.safetensors"
@@ -160,7 +214,17 @@ def test_a_hub_id_without_network(monkeypatch):
         checkpoint_folder("some/model")
 
 
+def test_a_hub_error_without_a_message(monkeypatch):
+    def fail(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"the hub did not give it \(OSError\)$"):
+        checkpoint_folder("some/model")
+
+
 def test_resolve_device():
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="'gpu0' is not one torch knows"):
@@ -244,6 +308,38 @@ def test_ids_that_cannot_be(flat, message):
         ids(**flat)
 
 
+def test_family_ids_outside_the_vocabulary_do_not_count():
+    """A small model of the family does not have the ids of the released ones."""
+    assert ids(config_mask=7, family_mask=99, family_stop=(98, 3, 99)) == (7, (3,))
+    assert ids(config_mask=7, family_stop=(99,)) == (7, ())
+    with pytest.raises(UserError, match="give --mask_id"):
+        ids(family_mask=99)
+    with pytest.raises(UserError, match="mask_id 99 is outside"):
+        ids(config_mask=99, family_mask=7)
+    with pytest.raises(UserError, match="stopping_criteria_idx 99 is outside"):
+        ids(config_mask=7, tokenizer_eos=99)
+
+
+def test_a_damaged_generation_config(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config.json: not readable as JSON"):
+        ids(tmp_path)
+
+
 def test_no_tokenizer(folder):
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(folder)
+
+
+def test_a_damaged_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_brings_no_code(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **flat: asked.update(flat))
+    load_tokenizer(folder)
+    assert asked == {"trust_remote_code": False}

@@ -114,14 +114,9 @@ def test_block_size_one_itself():
     assert p_value(out.tokens, law((2,))) > 1e-4
 
 
-def _inverted(draft, target, tempering):
-    q = target.gather(-1, draft.tokens[..., None])[..., 0]
-    return (draft.confidence / q.clamp_min(1e-12)).clamp(max=1)
-
-
 BROKEN = {
-    "p and q swapped in the ratio": ("acceptance_ratio", _inverted),
-    "everything accepted": ("acceptance_ratio", lambda draft, target, tempering: torch.ones_like(draft.confidence)),
+    "p and q swapped in the ratio": ("acceptance_ratio", lambda q, p, tempering: (p / q.clamp_min(1e-12)).clamp(max=1)),
+    "everything accepted": ("acceptance_ratio", lambda q, p, tempering: torch.ones_like(q)),
     "resampling from q": ("residual", lambda target, draft_probs: target),
     "resampling from p": ("residual", lambda target, draft_probs: draft_probs),
 }

@@ -34,6 +34,23 @@ def test_two_copy_verify_row_by_row(n):
         assert query == [*range(i), n + i], "a mask query sees what precedes its position, and itself"
 
 
+@given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=3), st.integers(0, 6))
+def test_span_verify_row_by_row(queries, tokens):
+    """Three queries a row at any positions (6 is padding) behind the first ``tokens`` of a block."""
+    mask = masks.span_verify(torch.tensor(queries), tokens)
+    assert mask.shape == (len(queries), tokens + 3, tokens + 3)
+    for row, places in zip(mask, queries, strict=True):
+        seen = [line.nonzero()[:, 0].tolist() for line in row]
+        assert seen[:tokens] == [list(range(i + 1)) for i in range(tokens)]
+        want = [[*range(min(place, tokens)), tokens + m] for m, place in enumerate(places)]
+        assert seen[tokens:] == want, "a query sees the drafts before its position, and itself; no other query"
+
+
+@given(st.integers(1, 8))
+def test_span_verify_of_a_whole_block_is_two_copy_verify(n):
+    assert torch.equal(masks.span_verify(torch.arange(n)[None], n)[0], masks.two_copy_verify(n))
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4))
 def test_causal_until(first_masked):
     n = 6

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,7 +85,8 @@ def flats(draw):
                 low = f.metadata["low"] if f.metadata["low"] is not None else f.metadata["above"]
                 high = f.metadata["high"]
                 exclusive = f.metadata["above"] is not None
-                flat[f.name] = draw(st.floats(low, 5 if high is None else high, exclude_min=exclusive))
+                bounds = {"exclude_min": exclusive, "allow_nan": False, "allow_infinity": False}
+                flat[f.name] = draw(st.floats(low, 5 if high is None else high, **bounds))
     return flat
 
 
@@ -117,6 +119,33 @@ def test_aliases_and_their_precedence(name):
 def test_published_length_precedence():
     assert Every.from_flat(gen_length=9, max_gen_toks=5).blocks.max_new_tokens == 5
     assert Every.from_flat(gen_length=9, max_new_tokens=None).blocks.max_new_tokens == 9
+
+
+def test_an_alias_that_is_none():
+    assert Every.from_flat({"gen_length": 128, "max_gen_toks": None}).blocks.max_new_tokens == 128
+    assert Every.from_flat({"max_gen_toks": None}) == Every()
+    assert Every.from_flat({"max_new_tokens": 9}, max_gen_toks="None").blocks.max_new_tokens == 9
+    assert Every.from_flat({"block_length": 8}, block_size=None).blocks.block_length is None, (
+        "None is a value of this one"
+    )
+
+
+@pytest.mark.parametrize("below", ALIASES["max_new_tokens"])
+@pytest.mark.parametrize("above", ALIASES["max_new_tokens"])
+def test_any_spelling_overrides_any_other(below, above):
+    assert Every.from_flat({below: 9}, **{above: 16}).blocks.max_new_tokens == 16
+    assert Every.from_flat({below: 9}).replace(**{above: 16}).blocks.max_new_tokens == 16
+
+
+def test_do_sample_over_other_options():
+    sampled = lambda below, **above: Every.from_flat(below, **above).sampling.temperature  # noqa: E731
+    assert sampled({"temperature": 0.7}, do_sample=False) == 0
+    assert sampled({"temperature": 0.7}, do_sample=True) == 0.7
+    assert sampled({"temperature": 0.0}, do_sample=True) == 1
+    assert sampled({"do_sample": False}, temperature=0.7) == 0.7
+    assert sampled({"do_sample": True}, temperature=0) == 0
+    assert sampled({"do_sample": True}, do_sample="false") == 0
+    assert Every().replace(do_sample=True).sampling.temperature == 1
 
 
 def test_an_alias_of_an_absent_group_is_unknown():
@@ -158,6 +187,11 @@ def test_do_sample_true_keeps_a_given_temperature():
         ("stopping_criteria_idx", 5, (5,)),
         ("stopping_criteria_idx", 5.0, (5,)),
         ("stopping_criteria_idx", ["1", 2], (1, 2)),
+        ("stopping_criteria_idx", ["1,2", "3"], (1, 2, 3)),
+        ("stopping_criteria_idx", "1 2", (1, 2)),
+        ("stopping_criteria_idx", "none", ()),
+        ("stopping_criteria_idx", ["none"], ()),
+        ("stopping_criteria_idx", None, None),
         ("stopping_criteria_idx", "", ()),
         ("stopping_criteria_idx", (), ()),
         ("do_verify_policy", "always", "always"),
@@ -183,8 +217,12 @@ def test_coercion(name, given, value):
         ("top_k", None, "int"),
         ("temperature", "hot", "float"),
         ("temperature", False, "float"),
-        ("stopping_criteria_idx", "a,b", ""),
-        ("stopping_criteria_idx", {"eos": 1}, ""),
+        ("stopping_criteria_idx", "a,b", "a list of token ids"),
+        ("stopping_criteria_idx", {"eos": 1}, "a list of token ids"),
+        ("stopping_criteria_idx", [1.7], "a list of token ids"),
+        ("stopping_criteria_idx", 1.7, "a list of token ids"),
+        ("stopping_criteria_idx", [True], "a list of token ids"),
+        ("stopping_criteria_idx", "1 none", "a list of token ids"),
     ],
 )
 def test_values_of_another_kind(name, given, allowed):
@@ -213,6 +251,49 @@ def test_ranges(group, f):
     if beyond:
         with pytest.raises(UserError, match=f.name):
             group(**{f.name: math.nan}, **others)
+
+
+FLOATS = [
+    pair
+    for pair in FIELDS
+    if float in (groups.get_type_hints(pair[0])[pair[1].name], *get_args(groups.get_type_hints(pair[0])[pair[1].name]))
+]
+
+
+@pytest.mark.parametrize(("group", "f"), [pytest.param(*pair, id=pair[1].name) for pair in FLOATS])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_floats_are_finite(group, f, value):
+    with pytest.raises(UserError, match=rf"{f.name} is {value}\. Allowed: a finite number"):
+        group(**{f.name: value})
+
+
+@pytest.mark.parametrize(
+    ("group", "flat", "allowed"),
+    [
+        (Sampling, {"temperature": "hot"}, "float"),
+        (Sampling, {"temperature": True}, "float"),
+        (Sampling, {"top_k": 1.5}, "int"),
+        (Sampling, {"top_k": None}, "int"),
+        (Sampling, {"suppress_mask": 1}, "true or false"),
+        (Blocks, {"stopping_criteria_idx": [1]}, "tuple"),
+        (Blocks, {"stopping_criteria_idx": (1.5,)}, "tuple"),
+        (Blocks, {"mask_id": "7"}, "int"),
+    ],
+)
+def test_a_group_built_directly_checks_types(group, flat, allowed):
+    (name,) = flat
+    with pytest.raises(UserError, match=rf"{name} is .*\. Allowed: {allowed}"):
+        group(**flat)
+
+
+def test_an_integer_too_big_for_a_float():
+    assert Blocks(max_new_tokens=10**400).max_new_tokens == 10**400
+    with pytest.raises(UserError, match=r"temperature is 1000.*Allowed: float"):
+        Every.from_flat(temperature=10**400)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    assert Sampling(temperature=1, top_k=np.int64(3), top_p=np.float32(0.5)).top_k == 3
 
 
 @pytest.mark.parametrize(("name", "near"), [("do_verify_policy", "always"), ("acceptance", "exact")])
@@ -257,6 +338,30 @@ def test_unknown_option_suggests():
         Every.from_flat({"cache_verr": True})
     with pytest.raises(UserError, match=r"Allowed: .*top_k.*gen_length"):
         Every.from_flat({"zzz": 1})
+
+
+def test_suggestions():
+    with pytest.raises(UserError) as caught:
+        Every.from_flat({"block_lenght": 4})
+    text = str(caught.value)
+    assert "did you mean block_length or block_size?" in text
+    assert text.count("confidence_threshold") == 1, "no name is told twice"
+    with pytest.raises(UserError, match="did you mean do_sample"):
+        Every.from_flat({"do_smaple": True})
+    with pytest.raises(UserError, match="unknown option 'do_sample'"):
+        Few.from_flat(do_sample=True)
+
+
+def test_integers_do_not_pass_through_floats():
+    for given_value in (2**53 + 1, str(2**53 + 1), np.int64(2**53 + 1)):
+        assert coerce("seed", given_value, int) == 2**53 + 1
+    assert coerce("seed", "1e3", int) == 1000
+
+
+def test_none_is_a_text_where_a_text_is_wanted():
+    assert coerce("prompt", "None", str | None) == "None"
+    assert coerce("prompt", None, str | None) is None
+    assert coerce("mask_id", "None", int | None) is None
 
 
 def test_options_are_frozen():

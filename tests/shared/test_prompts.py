@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,9 +24,16 @@ IDS = [[1, 2], [3, 4]]
         (torch.tensor([1, 2]), [[1, 2]]),
         (torch.tensor(IDS), IDS),
         ([torch.tensor([1, 2]), torch.tensor([3])], [[1, 2], [3]]),
+        (np.array([1, 2]), [[1, 2]]),
+        (np.array(IDS), IDS),
+        ([np.array([1, 2]), np.array([3])], [[1, 2], [3]]),
+        ([np.int64(1), np.int64(2)], [[1, 2]]),
         ([], []),
     ],
-    ids=["one", "two", "ragged", "tuples", "vector", "matrix", "tensors", "none"],
+    ids=[
+        *("one", "two", "ragged", "tuples", "vector", "matrix", "tensors"),
+        *("array", "2-d array", "arrays", "scalars", "none"),
+    ],
 )
 def test_every_shape_of_prompts(given_ids, want):
     got = as_prompts(given_ids)
@@ -47,6 +55,7 @@ def test_padding_on_either_side_is_removed(rows, left):
     ids, mask = [pad(row, 0) for row in want], [pad([1] * len(row), 0) for row in want]
     assert as_prompts(torch.tensor(ids), torch.tensor(mask)) == want
     assert as_prompts(ids, mask) == want
+    assert as_prompts(np.array(ids), np.array(mask)) == want
 
 
 def test_a_mask_for_one_prompt():
@@ -87,12 +96,39 @@ def test_jsonl_file(tmp_path):
         ('{"text": "x"}', "no text under 'prompt' and no list under 'messages'"),
         ('{"prompt": 3}', "no text under 'prompt'"),
         ('{"messages": "x"}', "no list under 'messages'"),
+        ('{"messages": []}', "no list under 'messages'"),
+        ('{"messages": ["hi"]}', "message 0 is no object with texts under 'role' and 'content'"),
+        ('{"messages": [{"role": "user"}]}', "message 0 is no object"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": 1, "content": "b"}]}', "message 1 is no object"),
+        ('{"prompt": "fine", "messages": "x"}', "no list under 'messages'"),
+        ('{"prompt": " "}', "the prompt is empty"),
+        ('""', "the prompt is empty"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = file_of(tmp_path, f'{{"prompt": "fine"}}\n\n{line}\n')
     with pytest.raises(UserError, match=rf"prompts.jsonl, line 3: .*{message}"):
         read_prompt_file(path)
+
+
+def test_a_question_stands_in_for_a_prompt_that_is_null(tmp_path):
+    path = file_of(tmp_path, '{"prompt": null, "question": "q"}\n')
+    assert read_prompt_file(path) == [{"prompt": "q", "question": "q"}]
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\x85c\x0cd", "a\u2029"])
+def test_only_line_feeds_end_lines(tmp_path, text):
+    line = json.dumps({"prompt": text}, ensure_ascii=False)
+    assert read_prompt_file(file_of(tmp_path, line + "\n")) == [{"prompt": text}]
+    assert read_prompt_file(file_of(tmp_path, f"{text}\nnext", "p.txt")) == [{"prompt": text}, {"prompt": "next"}]
+
+
+def test_files_of_other_editors(tmp_path):
+    """A byte order mark and carriage returns are no part of a prompt."""
+    for name, text in (("p.jsonl", '\ufeff{"prompt": "a"}\r\n"b"\r\n'), ("p.txt", "\ufeffa\r\nb\r\n")):
+        path = tmp_path / name
+        path.write_bytes(text.encode())
+        assert read_prompt_file(path) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def test_files_without_a_prompt(tmp_path):
@@ -130,6 +166,13 @@ def test_encode_with_the_template():
     assert text_of({"prompt": "hi"}) == "<user>hi<assistant>"
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
     assert text_of({"messages": messages}) == "<system>be<user>hi<assistant>"
+
+
+def test_messages_beside_a_prompt_that_is_empty():
+    messages = [{"role": "user", "content": "hi"}]
+    for prompt in (None, "", " "):
+        assert text_of({"prompt": prompt, "messages": messages}) == "<user>hi<assistant>"
+    assert text_of({"prompt": "hi", "messages": []}) == "<user>hi<assistant>"
 
 
 def test_encode_as_it_is():

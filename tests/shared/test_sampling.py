@@ -57,6 +57,14 @@ def test_top_p_boundary():
     assert kept(1.0) == [True] * 4
 
 
+def test_top_p_keeps_a_token_whose_mass_before_it_is_p_to_the_bit():
+    for seed in range(200):
+        values = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+        mass = values.sort(descending=True).values.softmax(-1).cumsum(-1)
+        want = int((torch.cat([torch.zeros(1), mass[:-1]]) <= mass[2]).sum())
+        assert int(transform(values, top_p=float(mass[2])).isfinite().sum()) == want
+
+
 def test_top_p_looks_at_what_top_k_left():
     # 0.4, 0.3, 0.2, 0.1 after top-k 2 is 4/7, 3/7: the mass before the second, 0.571, is over 0.5
     values = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
