@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tqdm import tqdm
 
+from shared import tensor_parallel
 from shared.distributed import World
 from shared.errors import UserError, unknown_name
 from shared.loading import checkpoint_folder, load_tokenizer, resolve_device
@@ -43,6 +44,7 @@ class ScriptArguments:
     seed: int = option(42, "seed of every random draw", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "auto, float32, bfloat16, float16, float64")
+    tensor_parallel: int = option(1, "processes that hold one model together (torchrun --nproc_per_node=N)", low=1)
     prompt_length: int | None = option(None, "keep at most this many tokens of a prompt", low=1)
     no_chat: bool = option(False, "send the prompt without the chat template")
     compare: bool | None = option(None, "also run plain diffusion and block size one; default: when no prompt is given")
@@ -52,6 +54,8 @@ class ScriptArguments:
         check(self)
         if self.prompt is not None and self.prompt_file is not None:
             raise UserError("prompt and prompt_file are both given. Allowed: one of them")
+        if self.compare and self.tensor_parallel > 1:
+            raise UserError("compare and tensor_parallel above 1 are both given. Allowed: one of them")
 
 
 SCRIPT_ALIASES = {"model": ("model", "model_dir"), "forward_stats": ("forward_stats", "return_forward_stats")}
@@ -316,20 +320,20 @@ class Script:
         script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped)
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
-        world = World.from_environment()
+        world = World.from_environment(script.tensor_parallel)
         source = script.model or str(self.folder / "tiny")
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
             script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
         )
-        model = self.model_class.from_pretrained(
-            source, dtype=script.dtype, device=resolve_device(world.device(script.device))
-        )
+        device = resolve_device(world.device(script.device))
+        model = tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
         if world.rank == 0:
             print(
                 f"{self.title} | {source} | preset {preset or 'none'} | {model.device.type}, {str(model.dtype)[6:]}\n"
             )
         output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
+        world.leave()
         if output is None:
             if world.rank == 0:
                 print("nothing is left to decode")
@@ -365,12 +369,14 @@ class Script:
         if not todo:
             return None
         _, stop_ids = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
-        streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1) if script.stream else None
+        streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1) if script.stream and world.leads else None
         bar = tqdm(
             total=len(todo), unit="text", disable=script.stream or len(todo) < 2 or world.rank > 0, file=sys.stderr
         )
 
         def finished(completion: Completion) -> None:
+            if not world.leads:
+                return
             results.add(completion.request, records[completion.request], completion)
             bar.update()
             if script.stream and script.batch_size == 1:

@@ -174,16 +174,17 @@ def shard(
     model = skeleton(model_class, config, group)
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in model_class(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    expected = {key: shape for key, shape in expected.items() if key not in tied}
     state = read_state_dict(
         folder,
         expected,
         dtype=resolve_dtype(dtype, getattr(config, "torch_dtype", None), group.device),
         device=group.device,
+        ignored=tied,
         part=lambda key, weight: cut(key, weight, group),
     )
-    if config.tie_word_embeddings:
+    if tied:
         state["lm_head.weight"] = cut("lm_head.weight", state["model.embed_tokens.weight"], group)
     model.load_state_dict(state, assign=True)
     model.folder = folder
