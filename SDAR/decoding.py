@@ -19,6 +19,7 @@ from shared import masks
 from shared.batch import Batch, Finished
 from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
+from shared.engine import Engine
 from shared.errors import UserError
 from shared.kv_cache import BlockCache
 from shared.options import Acceptance, Cache
@@ -27,8 +28,8 @@ from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
 from shared.uniforms import Uniforms
-from shared.unmask import step_quota, unmask
-from shared.verify import judge, losslessness, take_confident, verified_choice
+from shared.unmask import unmask
+from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
 
 
 @dataclass
@@ -38,11 +39,16 @@ class Run:
     model: SDARForCausalLM
     options: StandardOptions
     batch: Batch
-    cache: BlockCache
+    engine: Engine
     policy: Policy
-    schedule: list[int]
+    judge: Callable[..., Verdict]
     causal_mask: Tensor  # [L, L]
     causal_rows: Tensor  # [rows]: first masked position of each row's last draft (draft_ver)
+    prefill_seconds: float = 0.0
+
+    @property
+    def cache(self) -> BlockCache:
+        return self.engine.cache
 
     @property
     def cache_options(self) -> Cache:
@@ -58,12 +64,20 @@ class Run:
         return self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
 
     def forward(
-        self, kind: str, rows: Sequence[int], ids: Tensor, positions: Tensor, mask, logits_at=None, ahead=None
+        self,
+        kind: str,
+        rows: Sequence[int],
+        ids: Tensor,
+        positions: Tensor,
+        mask,
+        logits_at=None,
+        ahead=None,
+        leading=None,
     ) -> Tensor:
         """One pass over ``ids [b, T]`` of ``rows``; logits with the mask token ruled out unless the options allow it."""
         self.batch.count(kind, set(rows))
         window = self.cache.window(ids.shape[1], rows, ahead=ahead)
-        logits = self.model(ids, positions, window, mask, logits_at=logits_at)
+        logits = self.engine.forward(ids, positions, window, mask, leading=leading, logits_at=logits_at)
         if self.options.sampling.suppress_mask:
             logits[..., self.batch.mask_id] = float("-inf")
         return logits
@@ -83,44 +97,51 @@ def decode(
     requests: Sequence[int] | None = None,
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
+    judge: Callable[..., Verdict] = judge,
 ) -> Output:
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
     ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all). Randomness comes from
     ``(seed, index of the prompt)``, or from ``uniforms``, one recorded list per prompt. ``on_block(request, new_ids)`` is called as blocks
-    finish, ``on_finish(completion)`` as texts do. ``requests`` numbers the prompts otherwise than 0, 1, 2, ... Raises `UserError` before any forward when a prompt or an option does not fit.
+    finish, ``on_finish(completion)`` as texts do. ``requests`` numbers the prompts otherwise than 0, 1, 2, ...
+    ``judge`` replaces `shared.verify.judge`: acceptance by a script, for benchmarks on weights that mean nothing. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
-    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed)
+    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     done: dict[int, Completion] = {}
     while prefill(run) or run.batch.active:
         rows = run.batch.active
         draft = propose(run, rows)
         picked = route(run, draft)
-        choice, reach = verify(run, rows, draft, picked)
-        fill_quota(run, rows, draft, choice)
+        choice, reach, finite = verify(run, rows, draft, picked)
+        fill_quota(run, draft, choice)
         run.policy.observe(draft, reach > 0, choice.count)
-        finished = write(run, rows, draft, choice, reach)
+        finished = write(run, rows, draft, choice, reach, finite)
         if on_block:
+            limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
-                on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row))
+                on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, limit))
         commit(run, draft, rows, finished)
         for f in finished:
             if f.last:
-                completion = run.batch.retire(f.row, options.blocks, text_of)
-                done[completion.request] = completion
+                position = run.batch.rows[f.row].position
+                done[position] = completion = run.batch.retire(f.row, options.blocks, text_of)
                 if on_finish:
                     on_finish(completion)
     return Output(
-        [done[k] for k in sorted(done)], time.perf_counter() - began, dict(run.batch.forwards), *_lossless(run.options)
+        [done[k] for k in sorted(done)],
+        time.perf_counter() - began,
+        dict(run.batch.forwards),
+        *_lossless(run.options),
+        prefill_seconds=run.prefill_seconds,
     )
 
 
-def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int) -> Run:
+def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
     """Allocate the batch, the cache and the policy's state for ``rows`` rows."""
     blocks = options.blocks
     length, device = blocks.block_length, model.device
@@ -152,9 +173,9 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
         model,
         options,
         batch,
-        cache=model.new_cache(rows, batch.capacity + length),
+        engine=Engine.of(model, rows, batch.capacity + length, length, options.runtime),
         policy=policy,
-        schedule=step_quota(length, blocks.denoising_steps),
+        judge=judge,
         causal_mask=masks.token_causal(length, device),
         causal_rows=torch.zeros(rows, dtype=torch.long, device=device),
     )
@@ -176,8 +197,12 @@ def resolve(model: SDARForCausalLM, options: StandardOptions, tokenizer=None) ->
 
 
 def check_prompts(prompts: list[list[int]], blocks, config) -> None:
-    """Raise `UserError` for a prompt that is empty, holds ids it must not hold, or does not fit the model."""
-    room = config.max_position_embeddings - blocks.max_new_tokens
+    """Raise `UserError` for a prompt that is empty, holds ids it must not hold, or does not fit the model.
+
+    Blocks are decoded whole, so the last one must lie within the model's positions even where its tail is cut off.
+    """
+    whole_blocks = config.max_position_embeddings // blocks.block_length * blocks.block_length
+    room = whole_blocks - blocks.max_new_tokens
     if not prompts:
         raise UserError("there is no prompt")
     for k, prompt in enumerate(prompts):
@@ -209,7 +234,11 @@ def prefill(run: Run) -> bool:
         ids = batch.tokens[batch.index(rows_with_blocks), :tokens]
         positions = torch.arange(tokens, device=device).expand_as(ids)
         # Shorter rows are padded with what follows their prompt: later tokens, which earlier ones never see.
+        began = time.perf_counter()
         run.forward("prefill", rows_with_blocks, ids, positions, mask, logits_at=slice(0, 0))
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
+        run.prefill_seconds += time.perf_counter() - began
         run.cache.commit([batch.rows[i].start for i in rows_with_blocks], rows_with_blocks)
     return bool(rows)
 
@@ -233,7 +262,7 @@ def propose(run: Run, rows: list[int]) -> Draft:
     if run.cache_options.draft_ver or (run.cache_options.cache_ver and riders):
         first_masked = masked.int().argmax(-1) if run.cache_options.draft_ver else torch.zeros_like(index)
         mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
-    logits = run.forward("draft", rows + riders, ids, positions, mask, ahead=ahead)[: len(rows)]
+    logits = run.forward("draft", rows + riders, ids, positions, mask, ahead=ahead, leading=len(rows))
     run.cache.commit([length] * len(riders), riders)
     for i in riders:
         batch.rows[i].uncommitted = False
@@ -242,7 +271,8 @@ def propose(run: Run, rows: list[int]) -> Draft:
     if sampling.temperature >= GREEDY_BELOW:
         uniform = batch.uniforms.take(index, length, length)
     tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    return Draft(index, block, masked, tokens, confidence, logits, batch.decoded[index], sampling)
+    entry = torch.arange(len(rows), device=index.device)
+    return Draft(index, block, masked, tokens, confidence, logits, entry, batch.decoded[index], sampling)
 
 
 @dataclass(frozen=True)
@@ -265,16 +295,18 @@ def route(run: Run, draft: Draft) -> Picked:
     index = [k for k, (verify, _, _) in enumerate(read) if verify]
     if whole or not index:
         return Picked(index, length, length)
-    return Picked(index, max(read[k][1] for k in index), max(read[k][2] for k in index))
+    tokens, queries = max(read[k][1] for k in index), max(read[k][2] for k in index)
+    return Picked(index, run.engine.verify_tokens(tokens), run.engine.queries(queries))
 
 
-def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor]:
+def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor, Tensor]:
     """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick").
 
-    Returns the choice so far and ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
-    its length (0: row not verified).
+    Returns the choice so far, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
+    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?
     """
     choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
+    finite = torch.ones_like(draft.rows, dtype=torch.bool)
     if picked.index:
         batch, options, length = run.batch, run.options, run.batch.block_length
         index = batch.index(picked.index)
@@ -292,17 +324,18 @@ def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Cho
         logits = run.forward(
             "verify", [rows[k] for k in picked.index], ids, positions, mask, slice(picked.tokens, None)
         )
-        verdict = judge(part, logits, queries, options.acceptance, options.sampling, batch.uniforms)
+        verdict = run.judge(part, logits, queries, options.acceptance, options.sampling, batch.uniforms)
+        finite[index] = verdict.finite
         choice.put(index, verified_choice(part, verdict, options.acceptance))
         reach[index] = part.first_masked + part.span.sum(-1) if options.savings.short_verify else length
     if run.acceptance.always_check_high_confidence:
         take_confident(choice, draft, run.options.unmask)
-    return choice, reach
+    return choice, reach, finite
 
 
-def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
+def fill_quota(run: Run, draft: Draft, choice: Choice) -> None:
     """Top the step up to its quota by the unmasking rule, where verification has not reached it already."""
-    quota, overtime = run.batch.quota(rows, run.schedule)
+    quota, overtime = run.batch.quota(draft.rows)
     remaining = (torch.minimum(quota, draft.masked.sum(-1)) - choice.count).clamp(min=0)
     eligible = draft.masked & ~choice.take
     take, key = unmask(
@@ -311,10 +344,10 @@ def fill_quota(run: Run, rows: list[int], draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED, key)
 
 
-def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor) -> list[Finished]:
+def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
     """`Batch.write`; if the logits were not finite, say in which layer that began."""
     try:
-        return run.batch.write(rows, draft, choice, reach)
+        return run.batch.write(rows, draft, choice, reach, finite)
     except FloatingPointError as error:
         positions = run.batch.positions(draft.rows)
         layer = first_broken_layer(
@@ -363,7 +396,7 @@ def _lossless(options: StandardOptions) -> Lossless:
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 
-_CALL_KEYWORDS = ("attention_mask", "seed", "batch_size", "tokenizer", "requests", "on_block", "on_finish")
+_CALL_KEYWORDS = ("attention_mask", "seed", "batch_size", "tokenizer", "requests", "on_block", "on_finish", "judge")
 
 
 def generate(

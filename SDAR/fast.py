@@ -13,7 +13,7 @@ way (six launches a layer, no elementwise kernel), many take the wide way (cuBLA
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from sdar.modeling_sdar import SDARForCausalLM
 from shared import triton_ops as ops
 from shared.errors import UserError
-from shared.graphs import GraphRunner
 from shared.kv_cache import BlockCache
 from shared.rotary import rotary_tables
 
@@ -30,6 +29,8 @@ from shared.rotary import rotary_tables
 def unsupported(model: SDARForCausalLM) -> str | None:
     """Why the fast forward cannot serve ``model``, or None."""
     config = model.config
+    if getattr(model, "group", None) is not None:
+        return "its kernels do not add up over processes, and the model is spread over several"
     if not ops.available(model.device):
         return "it needs a CUDA device and triton"
     if model.dtype not in (torch.bfloat16, torch.float32):
@@ -98,13 +99,13 @@ class FastSDAR:
             qk_norm=ops.QKNorm(attention.q_norm.weight, attention.k_norm.weight, *cos_sin, self.eps),
         )
 
-    def runner(self, cache: BlockCache) -> GraphRunner:
-        """CUDA graphs of this forward over ``cache``. Call `GraphRunner.capture` with the shapes that matter."""
-
-        def forward(input_ids, position_ids, rows, local_mask, logits_at, slots):
-            return self(input_ids, position_ids, cache, rows, local_mask, logits_at=logits_at, slots=slots)
-
-        return GraphRunner(forward, self.model.device)
+    def current(self) -> bool:
+        """Do the fused weights still belong to the model, or has it been moved or cast since?"""
+        attention = [layer.self_attn.q_proj.weight for layer in self.model.model.layers]
+        return all(
+            w.data_ptr() == f.qkv.data_ptr() and w.dtype == f.qkv.dtype
+            for w, f in zip(attention, self.layers, strict=True)
+        )
 
     @torch.inference_mode()
     def __call__(
@@ -112,38 +113,35 @@ class FastSDAR:
         input_ids: Tensor,
         position_ids: Tensor,
         cache: BlockCache,
-        rows: Tensor | None = None,
+        rows: Tensor,
+        prefixes: Tensor,
         local_mask: Tensor | None = None,
         *,
-        offset: int = 0,
+        leading: int | None = None,
         logits_at: slice | Tensor | None = None,
-        slots: int | None = None,
     ) -> Tensor:
-        """Logits ``[b, T, V]`` (or ``[b, P, V]``) of ``input_ids [b, T]`` at ``position_ids [b, T]``.
+        """Logits ``[leading, T, V]`` (or ``[leading, P, V]``) of ``input_ids [b, T]`` at ``position_ids [b, T]``.
 
-        ``rows [b]``: the cache row of each, on the device (None: every row in order). -1 is padding: nothing is
-        written and the logits mean nothing. Row ``i`` writes at ``[length + offset, length + offset + T)`` and attends
-        to ``[0, length)`` and to its own tokens under ``local_mask`` (bool ``[T, T]`` or ``[b, T, T]``; None: all see
-        all). The caller keeps ``length + offset + T`` within the cache.
-        ``logits_at``: a slice of T or indices ``[b, P]``.
-        ``slots``: about how long the prefixes can be (default: what is allocated). It sets how far attention is split:
-        speed only, for the lengths themselves are read on the device.
+        Entry ``i`` belongs to cache row ``rows[i]`` (on the device; -1 is padding: nothing is written and the logits mean nothing). It writes at
+        ``[prefixes[i], prefixes[i] + T)`` and attends to ``[0, prefixes[i])`` and to its own tokens under ``local_mask`` (bool ``[T, T]`` or
+        ``[b, T, T]``; None: all see all). Only the ``leading`` first entries (default: all) get logits; in every layer the others write before
+        the leading ones look, so a leading entry's prefix may reach over what another entry of its row is writing. The caller keeps every
+        write within the cache and every position below ``max_position_embeddings``.
+        ``logits_at``: a slice of T or indices ``[leading, P]``.
         """
         batch, tokens = input_ids.shape
-        if rows is None:
-            rows = torch.arange(batch, device=input_ids.device)
+        leading = batch if leading is None else leading
         if isinstance(logits_at, slice):
-            logits_at = torch.arange(tokens, device=input_ids.device)[logits_at].expand(batch, -1)
+            logits_at = torch.arange(tokens, device=input_ids.device)[logits_at].expand(leading, -1)
         logits_at = None if logits_at is None else logits_at.contiguous()
         places = [
-            ops.Place(keys, values, cache.length, rows, offset)
-            for keys, values in zip(cache.keys, cache.values, strict=True)
+            ops.Place(keys, values, prefixes, rows) for keys, values in zip(cache.keys, cache.values, strict=True)
         ]
         forward = self._narrow if batch * tokens <= ops.NARROW_TOKENS else self._wide
-        logits = forward(input_ids, position_ids.contiguous(), places, local_mask, logits_at, slots)
-        return logits.view(batch, -1, logits.shape[-1])
+        logits = forward(input_ids, position_ids.contiguous(), places, local_mask, logits_at, leading)
+        return logits.view(leading, tokens if logits_at is None else logits_at.shape[1], self.model.config.vocab_size)
 
-    def _narrow(self, input_ids, positions, places, local_mask, logits_at, slots) -> Tensor:
+    def _narrow(self, input_ids, positions, places, local_mask, logits_at, leading) -> Tensor:
         """At most `ops.NARROW_TOKENS` tokens: what stands between two matrix products happens in one of them."""
         network, work, overlap, first = self.model.model, self.work, self.overlap, self.layers[0]
         count, head = input_ids.numel(), self.model.lm_head.weight
@@ -157,19 +155,20 @@ class FastSDAR:
         for layer, place in zip(self.layers, places, strict=True):
             between, after = ops.Norm(layer.between, normed), ops.Norm(layer.after, normed)
             ops.narrow_matmul(normed, layer.qkv, qkv, qkv_plan, work, **scaled)
-            attended = ops.attend_split(
-                qkv, positions, place, self.heads, layer.qk_norm, local_mask, slots=slots, overlap=overlap
-            )
+            attended = self._attend_split(qkv, positions, place, layer.qk_norm, local_mask, leading)
             ops.narrow_matmul(attended, layer.out, x, out_plan, work, residual=between, overlap=overlap)
             ops.narrow_matmul(normed, layer.gate_up, hidden, gate_up_plan, work, gated=True, **scaled)
             ops.narrow_matmul(hidden, layer.down, x, down_plan, work, residual=after, overlap=overlap)
         picks = {"picked": logits_at, "tokens_per_row": input_ids.shape[1]}
-        logits = head.new_empty(count if logits_at is None else logits_at.numel(), head.shape[0])
+        wanted = leading * input_ids.shape[1] if logits_at is None else logits_at.numel()
+        logits = head.new_empty(wanted, head.shape[0])
+        if not wanted:
+            return logits
         return ops.narrow_matmul(normed, head, logits, self.plan(count, head), work, **picks, **scaled)
 
-    def _wide(self, input_ids, positions, places, local_mask, logits_at, slots) -> Tensor:
+    def _wide(self, input_ids, positions, places, local_mask, logits_at, leading) -> Tensor:
         """Many tokens: cuBLAS products, one kernel for each step between them."""
-        network, batch, tokens = self.model.model, *input_ids.shape
+        network, tokens = self.model.model, input_ids.shape[1]
         x = F.embedding(input_ids.reshape(-1), network.embed_tokens.weight)
         normed = ops.add_rms_norm(x, None, network.layers[0].input_layernorm.weight, self.eps)
         extents = None
@@ -177,21 +176,34 @@ class FastSDAR:
             extents = ops.long_extents(local_mask, x.dtype)
         for layer, place in zip(self.layers, places, strict=True):
             qkv = F.linear(normed, layer.qkv)
-            attended = self._attend_wide(qkv, positions, place, layer.qk_norm, local_mask, extents, slots)
+            attended = self._attend_wide(qkv, positions, place, layer.qk_norm, local_mask, extents, leading)
             step = {"eps": self.eps, "overlap": self.overlap}
             normed = ops.add_rms_norm(x, F.linear(attended, layer.out), layer.between, **step)
             hidden = ops.silu_mul(F.linear(normed, layer.gate_up), overlap=self.overlap)
             normed = ops.add_rms_norm(x, F.linear(hidden, layer.down), layer.after, **step)
+        normed = normed[: leading * tokens]
         if logits_at is not None:
-            row_start = torch.arange(batch, device=x.device)[:, None] * tokens
+            row_start = torch.arange(leading, device=x.device)[:, None] * tokens
             normed = normed[(row_start + logits_at).reshape(-1)]
         return self.model.lm_head(normed)
 
-    def _attend_wide(self, qkv, positions, place, norm, local_mask, extents, slots) -> Tensor:
+    def _attend_wide(self, qkv, positions, place, norm, local_mask, extents, leading) -> Tensor:
         batch, tokens = positions.shape
         if tokens <= ops.SPLIT_TOKENS:
-            return ops.attend_split(
-                qkv, positions, place, self.heads, norm, local_mask, slots=slots, overlap=self.overlap
-            )
+            return self._attend_split(qkv, positions, place, norm, local_mask, leading)
         ops.rope_write(qkv, positions, place, self.heads, norm)
         return ops.attend_long(qkv, place, self.heads, batch, local_mask, extents)
+
+    def _attend_split(self, qkv, positions, place, norm, local_mask, leading) -> Tensor:
+        """The entries after the leading ones go first: what they write may lie in a leading entry's prefix."""
+        batch, tokens = positions.shape
+        out = qkv.new_empty(batch * tokens, self.heads.query * self.heads.dim)
+        for first, last in ((leading, batch), (0, leading)):
+            if first < last:
+                part, flat = slice(first, last), slice(first * tokens, last * tokens)
+                mask = local_mask if local_mask is None or local_mask.dim() == 2 else local_mask[part]
+                here = replace(place, prefixes=place.prefixes[part], rows=place.rows[part])
+                ops.attend_split(
+                    qkv[flat], positions[part], here, self.heads, norm, mask, overlap=self.overlap, out=out[flat]
+                )
+        return out

@@ -106,6 +106,7 @@ class SDARForCausalLM(CheckpointModel):
             )
         self.config = config
         self.backend = "sdpa"
+        self._fast = None
         self.model = SDARModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -131,6 +132,16 @@ class SDARForCausalLM(CheckpointModel):
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
 
+    def fast(self, *, required: bool = False):
+        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
+        from sdar.fast import FastSDAR, unsupported
+
+        if unsupported(self) is not None and not required:
+            return None
+        if self._fast is None or not self._fast.current():
+            self._fast = FastSDAR(self)
+        return self._fast
+
     def forward(
         self,
         input_ids: Tensor,
@@ -139,12 +150,14 @@ class SDARForCausalLM(CheckpointModel):
         local_mask: Tensor | None = None,
         *,
         logits_at: slice | Tensor | None = None,
+        leading: int | None = None,
     ) -> Tensor:
         """Logits ``[B, T, V]`` for ``input_ids [B, T]`` at ``position_ids [B, T]``; row ``t`` predicts the token at its own position.
 
         ``cache``: the `Window` this forward writes to and reads from (None: the tokens see only each other).
         ``local_mask``: None (all T see each other), bool ``[T, T]`` or ``[B, T, T]`` (True = may attend), or additive float (reference
         backend only). ``logits_at`` limits which positions reach the head: a slice of T, or indices ``[B, K]`` -> ``[B, K, V]``.
+        ``leading``: only this many first entries of the batch reach it (default: all).
         """
         x = self.model.embed_tokens(input_ids)
         rope = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -158,6 +171,7 @@ class SDARForCausalLM(CheckpointModel):
             )
         for layer in self.model.layers:
             x = layer(x, rope, cache, mask, self.backend)
+        x = x[:leading]
         if isinstance(logits_at, slice):
             x = x[:, logits_at]
         elif logits_at is not None:

@@ -12,6 +12,7 @@ from shared.options import (
     Estimation,
     FlatOptions,
     Routing,
+    Runtime,
     Sampling,
     Savings,
     Unmask,
@@ -26,6 +27,7 @@ class StandardOptions(FlatOptions):
     blocks: Blocks = field(default_factory=Blocks)
     unmask: Unmask = field(default_factory=Unmask)
     savings: Savings = field(default_factory=Savings)
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,4 +91,4 @@ DEFAULT_PROMPT = (
 
 def plain(options: Options) -> StandardOptions:
     """The same settings without speculation."""
-    return StandardOptions(options.sampling, options.blocks, options.unmask, options.savings)
+    return StandardOptions(options.sampling, options.blocks, options.unmask, options.savings, options.runtime)

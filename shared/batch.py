@@ -21,12 +21,14 @@ from shared.options import Blocks
 from shared.output import Completion
 from shared.trace import Trace
 from shared.uniforms import Uniforms
+from shared.unmask import step_quota
 
 
 @dataclass
 class Row:
     """What the host knows of one text in flight."""
 
+    position: int  # of its prompt among those of the call
     request: int
     prompt: list[int]
     start: int  # first position of the current block
@@ -67,7 +69,7 @@ class Batch:
         self.block_length, self.steps, self.max_new_tokens = block_length, steps, max_new_tokens
         self.mask_id, self.stop_ids, self.uniforms = mask_id, tuple(stop_ids), uniforms
         requests = range(len(prompts)) if requests is None else requests
-        self.waiting = deque(zip(requests, map(list, prompts), strict=True))
+        self.waiting = deque(zip(range(len(prompts)), requests, map(list, prompts), strict=True))
         self.rows: list[Row | None] = [None] * rows
         self.forwards: Counter = Counter()
         self.capacity = max(self._total(len(p)) for p in prompts)
@@ -75,12 +77,14 @@ class Batch:
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
         self.tokens = zeros(rows, self.capacity)
         self.start = zeros(rows)
+        self.step = zeros(rows)  # of the current block
         self.decoded = zeros(rows)
         self.prompt_length = zeros(rows)
         self.iteration = zeros(rows)
         self.history = zeros(rows, 3, self.capacity)  # step_of, how_of, rank_of
         self.confidence = torch.zeros(rows, self.capacity, device=device)
         self.spans = zeros(rows, 2, iterations)  # verified_span, accepted
+        self.schedule = torch.tensor(step_quota(block_length, steps), device=device)
         self._stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         self._place = torch.arange(block_length, device=device)
 
@@ -101,17 +105,17 @@ class Batch:
                 filled.append(i)
         return filled
 
-    def _place_request(self, i: int, request: int, prompt: list[int]) -> None:
+    def _place_request(self, i: int, position: int, request: int, prompt: list[int]) -> None:
         length = len(prompt)
         start = length // self.block_length * self.block_length
-        self.rows[i] = Row(request, prompt, start, self._total(length), time.perf_counter())
+        self.rows[i] = Row(position, request, prompt, start, self._total(length), time.perf_counter())
         self.tokens[i] = self.mask_id
         self.tokens[i, :length] = torch.tensor(prompt, dtype=torch.long).to(self.tokens.device)
         self.start[i], self.prompt_length[i] = start, length
-        self.decoded[i], self.iteration[i], self.spans[i] = 0, 0, 0
+        self.step[i], self.decoded[i], self.iteration[i], self.spans[i], self.confidence[i] = 0, 0, 0, 0, 0
         self.history[i, 0], self.history[i, 1:] = -1, 0
         self.history[i, 1, :length] = int(How.PROMPT)
-        self.uniforms.assign(i, request)
+        self.uniforms.assign(i, request if self.uniforms.recorded is None else position)
 
     def index(self, rows: Sequence[int]) -> Tensor:
         """``rows`` as a device tensor ``[b]``."""
@@ -131,16 +135,16 @@ class Batch:
         for i in rows:
             self.rows[i].forwards[kind] += 1
 
-    def quota(self, rows: Sequence[int], schedule: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """``(tokens due [b], overtime [b])`` of this step. After the last step the schedule runs once more, in overtime."""
-        steps = [self.rows[i].step for i in rows]
-        due = [schedule[s % len(schedule)] for s in steps]
-        return self.index(due), self.index([s >= len(schedule) for s in steps]).bool()
+    def quota(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``(tokens due [b], overtime [b])`` of this step of ``rows [b]``. After the last step the schedule runs once more, in overtime."""
+        step = self.step[rows]
+        return self.schedule[step % self.steps], step >= self.steps
 
-    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, reach: Tensor) -> list[Finished]:
+    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
         """Write the step's choice into canvas and trace; returns the rows whose block is now finished.
 
-        This is the step's one packed read. ``reach [b]``: how many tokens of the drafted block the verifier saw (0: not verified).
+        This is the step's one packed read. ``reach [b]``: how many tokens of the drafted block the verifier saw (0: not verified). ``finite [b]``: were the
+        verifier's logits numbers?
         """
         index, positions = draft.rows, self.positions(draft.rows)
         take, at = choice.take, (draft.rows[:, None], positions)
@@ -157,12 +161,13 @@ class Batch:
             torch.stack([draft.span.sum(-1), accepted], 1) * (reach > 0)[:, None]
         )
         self.iteration[index] += 1
+        self.step[index] += 1
         self.decoded[index] += choice.count
         left = (block == self.mask_id).sum(-1)
         stop = (torch.isin(block, self._stops) & (positions >= self.prompt_length[index][:, None])).any(-1)
-        broken = ~torch.isfinite(draft.confidence).all(-1)
+        broken = ~torch.isfinite(draft.confidence).all(-1) * 1 + ~finite * 2
         as_drafted = ~(take & (choice.tokens != draft.tokens)).any(-1)
-        packed = torch.stack([left, stop.long(), broken.long(), reach * as_drafted], 1)
+        packed = torch.stack([left, stop.long(), broken, reach * as_drafted], 1)
         return self._settle(rows, packed.tolist())
 
     def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
@@ -173,7 +178,8 @@ class Batch:
             row.iterations += 1
             where = f"request {row.request}, block at position {row.start}, step {row.step}"
             if broken:
-                raise FloatingPointError(f"{where}: the draft logits hold NaN or infinity")
+                which = "draft" if broken % 2 else "verifier"
+                raise FloatingPointError(f"{where}: the {which} logits hold NaN or infinity")
             if left == 0:
                 last = bool(stop) or row.start + self.block_length >= row.total
                 finished.append(Finished(i, last, verified_to))
@@ -191,23 +197,22 @@ class Batch:
         index = self.index(rows)
         self.start[index] += self.block_length
         self.decoded[index] = 0
+        self.step[index] = 0
 
-    def new_tokens(self, i: int) -> list[int]:
-        """Generated ids of the current block of row ``i`` (a device read; for streaming)."""
+    def new_tokens(self, i: int, limit: int) -> list[int]:
+        """Generated ids of the current block of row ``i``, up to ``limit`` of the whole text (a device read; for streaming)."""
         row = self.rows[i]
         first = max(row.start, len(row.prompt))
-        return self.tokens[i, first : row.start + self.block_length].tolist()
+        return self.tokens[i, first : min(row.start + self.block_length, len(row.prompt) + limit)].tolist()
 
     def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
         """Take row ``i``'s finished text off the batch (one device read)."""
         row, end = self.rows[i], self.rows[i].start + self.block_length
         self.rows[i] = None
         ids = self.tokens[i].tolist()
-        used = int(self.uniforms.cursor[i])
-        if used > self.uniforms.available(row.request):
-            raise RuntimeError(
-                f"request {row.request} used {used} uniforms, only {self.uniforms.available(row.request)} exist"
-            )
+        used, exist = int(self.uniforms.cursor[i]), self.uniforms.available(row.position)
+        if used > exist:
+            raise RuntimeError(f"request {row.request} used {used} uniforms, only {exist} exist")
         length = len(row.prompt)
         whole, trim = blocks.round_to_blocks, blocks.trim_stop_tokens
         tokens = ids[length : row.total] if whole and not trim else ids[length:end]

@@ -31,8 +31,8 @@ class Draft:
     """One denoising pass over the current block of ``b`` rows, ``L`` positions each.
 
     ``rows [b]``: their row in the batch. ``block [b, L]``: ids before the step. ``masked [b, L]``: still to be decided.
-    ``tokens, confidence [b, L]``: proposal and the probability the drafter gave it. ``logits [b, L, V]``. ``decoded [b]``: tokens
-    this block has gained in earlier steps.
+    ``tokens, confidence [b, L]``: proposal and the probability the drafter gave it. ``decoded [b]``: tokens this block has gained in earlier
+    steps. ``logits``: those of the whole step; ``entry [b]`` says which of them is whose, so that a selection of rows copies none.
     """
 
     rows: Tensor
@@ -41,6 +41,7 @@ class Draft:
     tokens: Tensor
     confidence: Tensor
     logits: Tensor
+    entry: Tensor
     decoded: Tensor
     sampling: Sampling
 
@@ -58,11 +59,18 @@ class Draft:
     @cached_property
     def log_weights(self) -> Tensor:
         """``[b, L, V]``: draft logits under the transform that verification and estimators use."""
-        return transform(self.logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
+        return self._transformed(self.logits[self.entry])
+
+    def log_weights_at(self, position: Tensor) -> Tensor:
+        """``[b, V]``: the same at one in-block ``position [b]`` of each row."""
+        return self._transformed(self.logits[self.entry, position])
+
+    def _transformed(self, logits: Tensor) -> Tensor:
+        return transform(logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
 
     def select(self, index: Tensor) -> Draft:
         """The draft of some of the rows; ``index`` into the rows of this draft."""
-        fields = ("rows", "block", "masked", "tokens", "confidence", "logits", "decoded")
+        fields = ("rows", "block", "masked", "tokens", "confidence", "entry", "decoded")
         return replace(self, **{f: getattr(self, f)[index] for f in fields})
 
 

@@ -1,39 +1,47 @@
 """CUDA graphs of a forward: captured once per shape, replayed with new inputs.
 
 The runner wraps a forward and never a loop. It knows no family: a forward is any
-``forward(input_ids, position_ids, rows, local_mask, logits_at, slots) -> logits`` that reads nothing back to the host
-and writes nothing for a row index of -1. Shapes that were not captured run eagerly, in the same line.
+``forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading) -> logits`` that reads nothing back to the host and writes
+nothing for a row index of -1. Shapes that were not captured run eagerly, in the same line.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One graph: ``batch`` rows of ``tokens`` tokens, prefixes up to ``slots``, ``picks`` logits a row (0: all)."""
+    """One graph: ``leading`` entries that get logits and ``riders`` that only write, of ``tokens`` tokens each; ``picks`` logits an entry (0: all)."""
 
-    batch: int
+    leading: int
     tokens: int
-    slots: int
     picks: int = 0
+    riders: int = 0
 
 
 def best_fit(shapes: Iterable[Shape], wanted: Shape) -> Shape | None:
-    """The smallest captured shape that can serve ``wanted``: same tokens and picks, no fewer rows and slots."""
+    """The smallest captured shape that can serve ``wanted``: same tokens and picks, no fewer entries of either kind."""
     able = [
         s
         for s in shapes
-        if (s.tokens, s.picks) == (wanted.tokens, wanted.picks) and s.batch >= wanted.batch and s.slots >= wanted.slots
+        if (s.tokens, s.picks) == (wanted.tokens, wanted.picks)
+        and s.leading >= wanted.leading
+        and s.riders >= wanted.riders
     ]
-    return min(able, key=lambda s: (s.batch, s.slots), default=None)
+    return min(able, key=lambda s: (s.leading + s.riders, s.riders), default=None)
+
+
+def sizes(most: int) -> list[int]:
+    """1, 2, 4, ... and ``most``: the batch sizes worth a graph."""
+    return sorted({min(1 << k, most) for k in range(most.bit_length() + 1)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +54,52 @@ class _Captured:
 class GraphRunner:
     """Replays ``forward`` where a captured shape serves, calls it where none does.
 
-    The logits of a replay are overwritten by the next replay of any shape: the graphs share one memory pool.
+    Graphs with ``picks`` share one memory pool and graphs without another, so the logits of a replay last until the next replay of their kind: a draft's
+    survive the verify that follows it.
     """
 
     def __init__(self, forward: Forward, device: torch.device | str):
         self.forward = forward
         self.device = torch.device(device)
         self.captured: dict[Shape, _Captured] = {}
-        self._pool = None
+        self.seconds = 0.0  # spent capturing
+        self._pools: dict[bool, tuple[int, int]] = {}
 
     @torch.inference_mode()
     def capture(self, shapes: Iterable[Shape]) -> None:
-        """Capture ``shapes``, largest first, so that the smaller ones fit in memory the larger ones have reserved."""
-        for shape in sorted(set(shapes), key=lambda s: (s.batch * s.tokens, s.slots, s.picks), reverse=True):
+        """Capture ``shapes``, largest first, so that the smaller ones fit in memory that the larger ones have reserved."""
+        began = time.perf_counter()
+        missing = set(shapes) - set(self.captured)
+        for shape in sorted(missing, key=lambda s: ((s.leading + s.riders) * s.tokens, s.picks), reverse=True):
             self.captured[shape] = self._capture(shape)
+        self.seconds += time.perf_counter() - began
 
     def _capture(self, shape: Shape) -> _Captured:
         inputs = self._buffers(shape)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self.forward(**inputs, slots=shape.slots)  # compiles kernels; its rows are all -1, so it writes nothing
+            self.forward(**inputs, leading=shape.leading)  # compiles kernels; its rows are all -1, so it writes nothing
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self.forward(**inputs, slots=shape.slots)
-        self._pool = self._pool or graph.pool()
+        kind = shape.picks > 0
+        with torch.cuda.graph(graph, pool=self._pools.get(kind)):
+            logits = self.forward(**inputs, leading=shape.leading)
+        self._pools.setdefault(kind, graph.pool())
         return _Captured(graph, inputs, logits)
 
     def _buffers(self, shape: Shape) -> dict[str, Tensor | None]:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.long, device=self.device)
 
-        b, t = shape.batch, shape.tokens
+        b, t = shape.leading + shape.riders, shape.tokens
         return {
             "input_ids": zeros(b, t),
             "position_ids": zeros(b, t),
             "rows": zeros(b) - 1,
+            "prefixes": zeros(b),
             "local_mask": torch.ones(b, t, t, dtype=torch.bool, device=self.device),
-            "logits_at": zeros(b, shape.picks) if shape.picks else None,
+            "logits_at": zeros(shape.leading, shape.picks) if shape.picks else None,
         }
 
     @torch.inference_mode()
@@ -93,22 +108,32 @@ class GraphRunner:
         input_ids: Tensor,
         position_ids: Tensor,
         rows: Tensor,
+        prefixes: Tensor,
         local_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
-        *,
-        slots: int,
+        leading: int | None = None,
     ) -> Tensor:
-        """Logits ``[b, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``slots``: the longest prefix."""
+        """Logits ``[leading, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``leading`` first entries get logits (default: all)."""
         batch, tokens = input_ids.shape
-        wanted = Shape(batch, tokens, slots, 0 if logits_at is None else logits_at.shape[1])
+        leading = batch if leading is None else leading
+        wanted = Shape(leading, tokens, 0 if logits_at is None else logits_at.shape[1], batch - leading)
         shape = best_fit(self.captured, wanted)
         if shape is None:
-            return self.forward(input_ids, position_ids, rows, local_mask, logits_at, slots)
+            return self.forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading)
         captured = self.captured[shape]
-        given = (input_ids, position_ids, rows, True if local_mask is None else local_mask, logits_at)
-        for buffer, value in zip(captured.inputs.values(), given, strict=True):
-            if buffer is not None:
+        given = (input_ids, position_ids, rows, prefixes, True if local_mask is None else local_mask)
+        exact = wanted.leading == shape.leading
+        for buffer, value in zip(captured.inputs.values(), given, strict=False):
+            if exact or isinstance(value, bool):
                 buffer[:batch] = value
-        captured.inputs["rows"][batch:] = -1
+            else:
+                per_entry = value.expand(batch, *value.shape) if buffer.dim() > value.dim() else value
+                buffer[:leading] = per_entry[:leading]
+                buffer[shape.leading : shape.leading + batch - leading] = per_entry[leading:]
+        if shape.picks:
+            captured.inputs["logits_at"][:leading] = logits_at
+        padding = captured.inputs["rows"]
+        padding[leading : shape.leading] = -1
+        padding[shape.leading + batch - leading :] = -1
         captured.graph.replay()
-        return captured.logits[:batch]
+        return captured.logits[:leading]

@@ -8,6 +8,7 @@ draft is overwritten by the next write, and nothing is ever concatenated or crop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,17 +48,20 @@ class BlockCache:
     def commit(self, counts: Sequence[int], rows: Sequence[int] | None = None) -> None:
         """Keep the first ``counts[i]`` of the tokens last written for ``rows[i]`` (default: every row)."""
         rows = range(len(self.lengths)) if rows is None else rows
-        for row, count in zip(rows, counts, strict=True):
-            self.lengths[row] += count
-            if not 0 <= self.lengths[row] <= self.slots:
-                raise ValueError(f"row {row} would hold {self.lengths[row]} tokens; the cache has {self.slots} slots")
-        self._sync()
+        after = {row: self.lengths[row] + count for row, count in zip(rows, counts, strict=True)}
+        for row, length in after.items():
+            if not 0 <= length <= self.slots:
+                raise ValueError(f"row {row} would hold {length} tokens; the cache has {self.slots} slots")
+            self.lengths[row] = length
+        if after:
+            self._sync()
 
     def reset(self, rows: Sequence[int]) -> None:
         """Forget everything committed for ``rows``."""
         for row in rows:
             self.lengths[row] = 0
-        self._sync()
+        if rows:
+            self._sync()
 
     def _sync(self) -> None:
         self.length.copy_(torch.tensor(self.lengths), non_blocking=True)
@@ -96,18 +100,26 @@ class Window:
     ):
         self.cache, self.tokens = cache, tokens
         self.width = offset + tokens if width is None else width
+        if self.width < offset + tokens:
+            raise ValueError(f"width {self.width} does not hold {tokens} tokens at offset {offset}")
         prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
         device = cache.length.device
         everyone = list(rows) == list(range(len(cache.lengths)))
-        self.rows = None if everyone else torch.tensor(list(rows)).to(device, non_blocking=True)
+        self.row_index = torch.tensor(list(rows)).to(device, non_blocking=True)
+        self.rows = None if everyone else self.row_index
+        self.offset = offset
         self.prefix = torch.tensor(prefixes).to(device, non_blocking=True)
         self.extent = max(prefixes) + self.width
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:
             raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
-        self._slots = self.prefix[:, None] + offset + torch.arange(tokens, device=device)
         self._first = prefixes[0] + offset if self.uniform and everyone else None
         self._mask: tuple[Tensor | None, Tensor | None] | None = None
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """``[b, T]``: where the tokens of this forward are written."""
+        return self.prefix[:, None] + self.offset + torch.arange(self.tokens, device=self.prefix.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, H_kv, T, D]`` for this layer; return all keys and values in reach, ``[b, H_kv, extent, D]``."""
@@ -116,9 +128,8 @@ class Window:
             where = slice(self._first, self._first + self.tokens)
             store_k[:, :, where], store_v[:, :, where] = keys, values
         else:
-            rows = torch.arange(len(store_k), device=store_k.device) if self.rows is None else self.rows
-            store_k[rows[:, None], :, self._slots] = keys.transpose(1, 2)
-            store_v[rows[:, None], :, self._slots] = values.transpose(1, 2)
+            store_k[self.row_index[:, None], :, self._slots] = keys.transpose(1, 2)
+            store_v[self.row_index[:, None], :, self._slots] = values.transpose(1, 2)
         store_k, store_v = store_k[:, :, : self.extent], store_v[:, :, : self.extent]
         return (store_k, store_v) if self.rows is None else (store_k[self.rows], store_v[self.rows])
 

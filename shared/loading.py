@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -73,11 +73,13 @@ def read_state_dict(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    part: Callable[[str, object], torch.Tensor] | None = None,
     ignored: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint, checked by name and shape against ``expected`` before any of them is read.
 
-    Tensors named in ``ignored`` may be there and are left where they are.
+    ``part(key, weight)``: what to read of it, where ``weight`` is an unread safetensors slice (None: all). Tensors named in ``ignored`` may be
+    there and are left where they are.
     """
     shards, shapes = _shards(folder), {}
     try:
@@ -87,10 +89,11 @@ def read_state_dict(
         _check_names(folder, expected, {k: shape for k, shape in shapes.items() if k not in ignored})
         state = {}
         for shard in shards:
-            with safe_open(shard, framework="pt", device=str(device)) as file:
+            # A part is cut on the host: the device never sees the rest.
+            with safe_open(shard, framework="pt", device="cpu" if part else str(device)) as file:
                 for key in file.keys():  # noqa: SIM118
                     if key in expected:
-                        tensor = file.get_tensor(key)
+                        tensor = part(key, file.get_slice(key)).to(device) if part else file.get_tensor(key)
                         state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     except SafetensorError as error:
         raise UserError(f"{folder}: a weight file is damaged ({error})") from error
@@ -127,6 +130,15 @@ class CheckpointModel(nn.Module):
         return next(self.parameters()).dtype
 
     @classmethod
+    def read_config(cls, path_or_id: str | Path) -> tuple[Path, object]:
+        """``(checkpoint folder, its config)``; refused if the folder holds another kind of model."""
+        folder, wanted = checkpoint_folder(path_or_id), cls.config_class.model_type
+        found = _read_json(folder / "config.json").get("model_type", wanted)
+        if found != wanted:
+            raise UserError(f"{folder}: config.json is of model_type {found!r}. Allowed: {wanted!r}")
+        return folder, cls.config_class.from_pretrained(folder)
+
+    @classmethod
     def from_pretrained(
         cls,
         path_or_id: str | Path,
@@ -138,8 +150,7 @@ class CheckpointModel(nn.Module):
 
         ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU); ``device="auto"`` is the GPU when there is one.
         """
-        folder, device = checkpoint_folder(path_or_id), resolve_device(device)
-        config = cls._read_config(folder)
+        device, (folder, config) = resolve_device(device), cls.read_config(path_or_id)
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
         try:
             with torch.device("meta"):
@@ -155,15 +166,6 @@ class CheckpointModel(nn.Module):
             model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
         model.folder = folder
         return model.eval().requires_grad_(False)
-
-    @classmethod
-    def _read_config(cls, folder: Path):
-        """The checkpoint's config, if it is one of this model's."""
-        wanted = cls.config_class.model_type
-        found = _read_json(folder / "config.json").get("model_type", wanted)
-        if found != wanted:
-            raise UserError(f"{folder}: config.json is of model_type {found!r}. Allowed: {wanted!r}")
-        return cls.config_class.from_pretrained(folder)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads."""

@@ -224,6 +224,17 @@ class Savings:
         check(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How forwards are run; the text is the same up to rounding."""
+
+    fast: bool | None = option(None, "the family's GPU kernels; default: where they can run")
+    graphs: bool | None = option(None, "CUDA graphs of the fast forward; default: where they can run")
+
+    def __post_init__(self):
+        check(self)
+
+
 # Other spellings of a field, accepted wherever flat keywords are. An earlier name in a row wins over a later one.
 ALIASES = {
     "max_new_tokens": ("max_new_tokens", "max_gen_toks", "gen_length"),

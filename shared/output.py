@@ -32,7 +32,7 @@ class Completion:
 class Output:
     """All completions of one call, in the order of the prompts.
 
-    ``seconds`` is wall-clock time of the whole call, prefill included. ``batch_forwards`` counts passes of the model by kind,
+    ``seconds`` is wall-clock time of the whole call, prefill included; ``prefill_seconds`` is the part of it in which prompts were encoded. ``batch_forwards`` counts passes of the model by kind,
     each once however many rows shared it; ``forwards`` counts them per row as if each ran alone.
     """
 
@@ -41,6 +41,7 @@ class Output:
     batch_forwards: dict[str, int]
     lossless: bool
     lossless_reason: str
+    prefill_seconds: float = 0.0
 
     @property
     def tokens(self) -> list[list[int]]:

@@ -97,7 +97,8 @@ class ScoreHysteresis(_Scored):
         return verify
 
     def reset(self, rows: Sequence[int]) -> None:
-        self.on[list(rows)] = False
+        if rows:
+            self.on[list(rows)] = False
 
 
 class ContextualBanditUCB(Policy):
@@ -141,8 +142,9 @@ class ContextualBanditUCB(Policy):
         self.reward[draft.rows, arm, bucket] += count / (1.0 + arm)
 
     def reset(self, rows: Sequence[int]) -> None:
-        rows = list(rows)
-        self.tries[rows], self.reward[rows], self.time[rows] = 0, 0, 0
+        if rows:
+            rows = list(rows)
+            self.tries[rows], self.reward[rows], self.time[rows] = 0, 0, 0
 
 
 def bin_of(value: Tensor, low: float, high: float, bins: int) -> Tensor:

@@ -423,11 +423,13 @@ class QKNorm:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a layer reads and writes: its cache ``[B, H_kv, S, D]``, ``lengths [B]``, ``rows [b]`` (-1: padding)."""
+    """Where a layer reads and writes: its cache ``[B, H_kv, S, D]``; per entry of the forward ``prefixes [b]``, how many cached tokens it sees, and its
+    ``rows [b]`` (-1: padding).
+    """
 
     keys: Tensor
     values: Tensor
-    lengths: Tensor
+    prefixes: Tensor
     rows: Tensor
     offset: int = 0
 
@@ -479,7 +481,7 @@ def _share(length, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
 
 @jit
 def _attend_split_kernel(
-    qkv, out, keys, values, lengths, rows, positions, cos, sin, q_weight, k_weight, mask, partial, softmax,
+    qkv, out, keys, values, prefixes, rows, positions, cos, sin, q_weight, k_weight, mask, partial, softmax,
     eps, scale, tokens, offset, slots, mask_stride, m_tiles,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -495,7 +497,7 @@ def _attend_split_kernel(
     row = tl.load(rows + seq)
     real = row >= 0
     row = tl.maximum(row, 0)
-    length = tl.where(real, tl.load(lengths + row), 0).to(tl.int32)
+    length = tl.where(real, tl.load(prefixes + seq), 0).to(tl.int32)
     cached = (row * H_KV + kv).to(tl.int64) * slots * D
     chunk, _ = _share(length, BLOCK_S, SPLITS)
     local = split == SPLITS - 1
@@ -578,7 +580,7 @@ def _attend_split_kernel(
 
 @jit
 def _merge_splits_kernel(
-    partial, softmax, out, lengths, rows, tokens,
+    partial, softmax, out, prefixes, rows, tokens,
     H_KV: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -586,8 +588,8 @@ def _merge_splits_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     token, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = tl.load(rows + token // tokens)
-    length = tl.where(row >= 0, tl.load(lengths + tl.maximum(row, 0)), 0).to(tl.int32)
+    seq = token // tokens
+    length = tl.where(tl.load(rows + seq) >= 0, tl.load(prefixes + seq), 0).to(tl.int32)
     _, busy = _share(length, BLOCK_S, SPLITS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -639,15 +641,16 @@ def attend_split(
     slots: int | None = None,
     plan: SplitPlan | None = None,
     overlap: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of a few new tokens over the cache -> ``[b * T, H * D]``; writes their keys and values on the way.
 
-    ``qkv [b * T, width]`` are raw projections, ``positions [b, T]``. Row ``i`` writes at ``[length + offset, + T)`` of
-    cache row ``rows[i]`` and attends to ``[0, length)`` and to its own tokens under ``local_mask`` (bool ``[T, T]`` or
+    ``qkv [b * T, width]`` are raw projections, ``positions [b, T]``. Entry ``i`` writes at ``[prefix + offset, + T)`` of
+    cache row ``rows[i]`` and attends to ``[0, prefix)`` and to its own tokens under ``local_mask`` (bool ``[T, T]`` or
     ``[b, T, T]``). A padding row writes nothing and gets zeros. ``slots``: about how long prefixes can be; it decides
     the splits, while the time follows the lengths themselves.
     ``overlap``: launch before the kernel ahead has finished; that one must not write ``positions``, ``rows``,
-    ``lengths`` or the committed part of the cache.
+    ``prefixes``. It may write the cache: prefixes are read after it has finished.
     """
     batch, tokens = positions.shape
     assert qkv.shape == (batch * tokens, heads.width), f"qkv {list(qkv.shape)}, positions {list(positions.shape)}"
@@ -655,14 +658,15 @@ def attend_split(
     assert tokens <= SPLIT_TOKENS, f"{tokens} tokens a row; split attention serves at most {SPLIT_TOKENS}"
     plan = plan or split_plan(batch, tokens, heads, slots or place.keys.shape[2])
     m_tiles = -(-tokens * heads.group // plan.block_m)
-    out = torch.empty(batch * tokens, heads.query * heads.dim, dtype=qkv.dtype, device=qkv.device)
+    if out is None:
+        out = torch.empty(batch * tokens, heads.query * heads.dim, dtype=qkv.dtype, device=qkv.device)
     parts = batch * tokens * heads.query * plan.splits if plan.splits > 1 else 0
     partial, softmax = (qkv.new_empty(parts, size, dtype=torch.float32) for size in (heads.dim, 2))
     mask, mask_stride = _mask_bytes(local_mask, batch, tokens)
     stage_bytes = 2 * plan.block_s * heads.dim * qkv.element_size()
     stages = min(plan.stages, max(1, (_shared_memory(qkv.device) - (48 << 10)) // stage_bytes))
     _attend_split_kernel[(batch * m_tiles, heads.kv, plan.splits)](
-        qkv, out, place.keys, place.values, place.lengths, place.rows, positions, norm.cos, norm.sin,
+        qkv, out, place.keys, place.values, place.prefixes, place.rows, positions, norm.cos, norm.sin,
         norm.q_weight, norm.k_weight, mask, partial, softmax,
         norm.eps, heads.dim**-0.5 * _LOG2_E, tokens, place.offset, place.keys.shape[2], mask_stride, m_tiles,
         H_KV=heads.kv, G=heads.group, D=heads.dim, WIDE=max(16, heads.dim // 2), MASKED=mask is not None,
@@ -671,7 +675,7 @@ def attend_split(
     )  # fmt: skip
     if plan.splits > 1:
         _merge_splits_kernel[(batch * tokens, heads.kv)](
-            partial, softmax, out, place.lengths, place.rows, tokens,
+            partial, softmax, out, place.prefixes, place.rows, tokens,
             H_KV=heads.kv, G=heads.group, GROUP=_pow2(heads.group), D=heads.dim,
             BLOCK_S=plan.block_s, SPLITS=plan.splits, PARTS=_pow2(plan.splits), OVERLAP=overlap,
             **_launch(overlap, 4, 1),
@@ -691,7 +695,7 @@ def _mask_bytes(local_mask: Tensor | None, batch: int, tokens: int) -> tuple[Ten
 
 @jit
 def _rope_write_kernel(
-    qkv, keys, values, lengths, rows, positions, cos, sin, q_weight, k_weight, eps, tokens, offset, slots,
+    qkv, keys, values, prefixes, rows, positions, cos, sin, q_weight, k_weight, eps, tokens, offset, slots,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
@@ -710,7 +714,7 @@ def _rope_write_kernel(
         tl.store(base[:, None] + (HALF + half)[None, :], b, mask=keep)
     else:
         row = tl.load(rows + seq)
-        length = tl.load(lengths + tl.maximum(row, 0)).to(tl.int32)
+        length = tl.load(prefixes + seq).to(tl.int32)
         slot = length + offset + t
         fits = live & (row >= 0) & (slot < slots)
         if head < H + H_KV:
@@ -732,7 +736,7 @@ def rope_write(qkv: Tensor, positions: Tensor, place: Place, heads: Heads, norm:
     """
     batch, tokens = positions.shape
     _rope_write_kernel[(triton.cdiv(tokens, 16), batch, heads.query + 2 * heads.kv)](
-        qkv, place.keys, place.values, place.lengths, place.rows, positions, norm.cos, norm.sin,
+        qkv, place.keys, place.values, place.prefixes, place.rows, positions, norm.cos, norm.sin,
         norm.q_weight, norm.k_weight, norm.eps, tokens, place.offset, place.keys.shape[2],
         H_KV=heads.kv, G=heads.group, D=heads.dim, WIDE=max(16, heads.dim // 2), BLOCK_T=16, num_warps=4,
     )  # fmt: skip
@@ -740,7 +744,7 @@ def rope_write(qkv: Tensor, positions: Tensor, place: Place, heads: Heads, norm:
 
 @jit
 def _attend_long_kernel(
-    qkv, out, keys, values, lengths, rows, mask, extents, scale, tokens, slots, mask_stride, extent_stride,
+    qkv, out, keys, values, prefixes, rows, mask, extents, scale, tokens, slots, mask_stride, extent_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -749,7 +753,7 @@ def _attend_long_kernel(
     head, seq = tl.program_id(1), tl.program_id(2)
     kv = head // G
     row = tl.load(rows + seq)
-    length = tl.load(lengths + tl.maximum(row, 0)).to(tl.int32)
+    length = tl.load(prefixes + seq).to(tl.int32)
     t = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     live = t < tokens
     d = tl.arange(0, D)
@@ -836,7 +840,7 @@ def attend_long(
         extents = long_extents(local_mask, qkv.dtype)
     block_m, block_s, warps, stages = _long_blocks(qkv.dtype)
     _attend_long_kernel[(triton.cdiv(tokens, block_m), heads.query, batch)](
-        qkv, out, place.keys, place.values, place.lengths, place.rows, mask, extents,
+        qkv, out, place.keys, place.values, place.prefixes, place.rows, mask, extents,
         heads.dim**-0.5 * _LOG2_E, tokens, place.keys.shape[2], mask_stride,
         0 if mask is None or local_mask.dim() == 2 else extents.stride(0),
         H_KV=heads.kv, G=heads.group, D=heads.dim, MASKED=mask is not None,

@@ -73,7 +73,11 @@ def unmask(
         case "sequential":
             take, key = leftmost(eligible, quota)
         case "entropy_bounded" | "entropy_bounded_blocksum" as rule:
-            cost = entropy(draft.logits.float()) if rule == "entropy_bounded" else block_sum_entropy(draft.confidence)
+            cost = (
+                entropy(draft.logits[draft.entry].float())
+                if rule == "entropy_bounded"
+                else block_sum_entropy(draft.confidence)
+            )
             at_least = torch.where(overtime, quota, quota.clamp(max=1))
             at_most = quota if cap else eligible.sum(-1)
             take, key = within_budget(cost, eligible, options.eb_threshold, at_least, at_most)

@@ -16,19 +16,20 @@ from torch import Tensor
 from shared.draft import Choice, Draft, How
 from shared.options import Acceptance, Sampling, Unmask
 from shared.output import Lossless
-from shared.sampling import GREEDY_BELOW, inverse_cdf, transform
+from shared.sampling import GREEDY_BELOW, greedy, inverse_cdf, transform
 from shared.uniforms import Uniforms
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Outcome per position ``[b, L]``: ``accepted`` prefix of the span, ``rejected`` (at most one, the first), the ``replacement`` token
-    to write there (None: the draft is kept) and the acceptance ``ratio``."""
+    to write there (None: the draft is kept) and the acceptance ``ratio``. ``finite [b]``: were the verifier's logits numbers?"""
 
     accepted: Tensor
     rejected: Tensor
     replacement: Tensor | None
     ratio: Tensor
+    finite: Tensor
 
 
 def split_at_first_failure(failed: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,12 @@ def residual(target: Tensor, draft_probs: Tensor) -> Tensor:
     return torch.where(usable, positive / mass.where(usable, torch.ones_like(mass)), target)
 
 
+def in_block(values: Tensor, queries: Tensor, length: int) -> Tensor:
+    """``values [b, M]`` at ``queries [b, M]`` -> ``[b, L]`` at their positions, zero elsewhere (a query of ``L`` is padding)."""
+    room = torch.zeros(len(values), length + 1, dtype=values.dtype, device=values.device)
+    return room.scatter(1, queries, values)[:, :length]
+
+
 def judge(
     draft: Draft, verifier_logits: Tensor, queries: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms
 ) -> Verdict:
@@ -64,29 +71,32 @@ def judge(
     at = queries.clamp(max=length - 1)
     in_span = draft.span.gather(1, at) & (queries < length)
     tokens = draft.tokens.gather(1, at)
+    exact_greedy = options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW
+    if exact_greedy and options.ssd_ratio_threshold < 0:
+        best, sure = greedy(verifier_logits)
+        accepted, rejected = split_at_first_failure(tokens != best, in_span)
+        accepted, rejected, best = (in_block(x, queries, length) for x in (accepted, rejected, best))
+        return Verdict(accepted, rejected, best, torch.zeros_like(draft.confidence), torch.isfinite(sure).all(-1))
     target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
     q = target.gather(-1, tokens[..., None])[..., 0]
     ratio = acceptance_ratio(q, draft.confidence.gather(1, at), options.ssd_ratio_tempering_factor)
 
-    def in_block(values: Tensor) -> Tensor:
-        """``[b, M]`` at the queries -> ``[b, L]`` at their positions, zero elsewhere."""
-        room = torch.zeros(len(values), length + 1, dtype=values.dtype, device=values.device)
-        return room.scatter(1, queries, values)[:, :length]
-
-    if options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW:
-        best = verifier_logits.argmax(-1)
+    finite = torch.isfinite(ratio).all(-1)
+    if exact_greedy:
+        best = greedy(verifier_logits)[0]
         accepted, rejected = split_at_first_failure(tokens != best, in_span)
-        return Verdict(in_block(accepted), in_block(rejected), in_block(best), in_block(ratio))
+        return Verdict(*(in_block(x, queries, length) for x in (accepted, rejected, best, ratio)), finite)
     numbers = uniforms.take(draft.rows, length, draft.span.sum(-1))
     numbers = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1))
-    accepted, rejected = split_at_first_failure(numbers >= ratio, in_span)
+    accepted, rejected = split_at_first_failure(~(numbers < ratio), in_span)
     replacement = None
     if options.allow_resample:
         pick, m = torch.arange(len(tokens), device=tokens.device), rejected.int().argmax(-1)
-        law = residual(target[pick, m], draft.log_weights[pick, at[pick, m]].softmax(-1))
+        law = residual(target[pick, m], draft.log_weights_at(at[pick, m]).softmax(-1))
         drawn = inverse_cdf(law, uniforms.take(draft.rows, 1, rejected.any(-1))[:, 0])
         replacement = drawn[:, None].expand_as(draft.tokens)
-    return Verdict(in_block(accepted), in_block(rejected), replacement, in_block(ratio))
+    accepted, rejected, ratio = (in_block(x, queries, length) for x in (accepted, rejected, ratio))
+    return Verdict(accepted, rejected, replacement, ratio, finite)
 
 
 def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance) -> Choice:
@@ -127,6 +137,7 @@ def losslessness(options) -> Lossless:
         ),
         "ssd_ratio_threshold takes tokens past a rejection": acceptance.ssd_ratio_threshold >= 0,
         "always_check_high_confidence takes unverified tokens": acceptance.always_check_high_confidence,
+        "suppress_mask is off, so a predicted mask token would be context": not options.sampling.suppress_mask,
         "ssd_ratio_tempering_factor bends the acceptance ratio": acceptance.ssd_ratio_tempering_factor != 1.0,
         "allow_resample is off, so rejected drafts are kept": not acceptance.allow_resample,
         "the published rule is random on argmax drafts (acceptance exact is not)": (

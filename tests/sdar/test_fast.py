@@ -11,7 +11,7 @@ import torch
 from sdar import SDARConfig, SDARForCausalLM
 from sdar.fast import FastSDAR, unsupported
 from shared import triton_ops as ops
-from shared.graphs import Shape
+from shared.graphs import GraphRunner, Shape
 from shared.masks import block_causal, token_causal, two_copy_verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,8 @@ def _compare(model, fast, cache, rows, tokens, mask, tolerance, logits_at=None, 
     want_keys, want_values = cache.keys.clone(), cache.values.clone()
     cache.keys.copy_(keys)
     cache.values.copy_(values)
-    got = fast(ids, positions, cache, torch.tensor(rows, device=DEVICE), mask, logits_at=at, **kwargs)
+    index = torch.tensor(rows, device=DEVICE)
+    got = fast(ids, positions, cache, index, cache.length[index], mask, logits_at=at, **kwargs)
     assert got.shape == want.shape
     assert _error(got, want) <= tolerance
     assert _error(cache.keys, want_keys) <= tolerance
@@ -102,13 +103,32 @@ def test_padding_rows_write_nothing_and_change_nothing():
     for tokens in (8, 80):
         ids = torch.randint(200, (3, tokens), device=DEVICE)
         positions = torch.arange(tokens, device=DEVICE).expand(3, tokens)
-        alone = fast(ids[1:2], positions[1:2], cache, torch.tensor([2], device=DEVICE))
+        alone = fast(ids[1:2], positions[1:2], cache, torch.tensor([2], device=DEVICE), cache.length[2:])
         written = cache.keys.clone()
-        padded = fast(ids, positions, cache, torch.tensor([-1, 2, -1], device=DEVICE))
+        padded = fast(ids, positions, cache, torch.tensor([-1, 2, -1], device=DEVICE), cache.length[[0, 2, 1]])
         assert _error(padded[1:2], alone) <= 1e-5
         assert padded.isfinite().all()
         assert _error(cache.keys, written) <= 1e-5
         assert torch.equal(cache.keys[:, :2], written[:, :2])
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_an_entry_sees_what_another_of_its_row_writes(tokens):
+    """A commit riding with a draft of the next block: the same as one after the other."""
+    model = _model()
+    fast, cache = FastSDAR(model), _filled(model, [20, 40, 60])
+    ids = torch.randint(200, (3, tokens), device=DEVICE)
+    positions = torch.arange(tokens, device=DEVICE) + torch.tensor([[60], [40 + tokens], [40]], device=DEVICE)
+    window = cache.window(tokens, [2, 1, 1], ahead=[0, tokens, 0])
+    mask = torch.stack([torch.ones(tokens, tokens, dtype=torch.bool)] * 2 + [token_causal(tokens)]).to(DEVICE)
+    got = fast(ids, positions, cache, window.row_index, window.prefix, mask, leading=2)
+    fast(ids[2:], positions[2:], cache, window.row_index[2:], window.prefix[2:], mask[2:])
+    want = fast(ids[:2], positions[:2], cache, window.row_index[:2], window.prefix[:2])
+    assert got.shape == want.shape
+    assert _error(got, want) <= 1e-5
+    assert _error(model(ids, positions, window, mask, leading=2), want) <= 1e-5
 
 
 @pytest.mark.gpu
@@ -118,21 +138,27 @@ def test_graph_equals_eager(dtype):
     model = _model(dtype)
     fast, cache = FastSDAR(model), _filled(model, [20, 40, 60])
 
-    runner = fast.runner(cache)
-    before = cache.keys.clone()
-    runner.capture([Shape(1, 16, 128), Shape(2, 16, 128), Shape(2, 32, 128, 16), Shape(8, 16, 256)])
+    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading):
+        return fast(input_ids, position_ids, cache, rows, prefixes, local_mask, leading=leading, logits_at=logits_at)
+
+    runner, before = GraphRunner(forward, DEVICE), cache.keys.clone()
+    runner.capture([Shape(1, 16), Shape(2, 16), Shape(2, 32, picks=16), Shape(8, 16), Shape(4, 16, riders=4)])
     assert torch.equal(cache.keys, before), "capturing writes nothing"
-    for tokens, rows, picks in [(16, [1], 0), (16, [2, 0], 0), (32, [1], 16), (16, [0, 1, 2], 0)]:
+    for tokens, rows, picks, riders in [
+        (16, [1], 0, 0), (16, [2, 0], 0, 0), (32, [1], 16, 0), (16, [0, 1, 2], 0, 0), (16, [0, 1, 2, 2], 0, 1),
+    ]:  # fmt: skip
         b = len(rows)
         ids = torch.randint(200, (b, tokens), device=DEVICE)
         positions = torch.randint(500, (b, tokens), device=DEVICE)
         at = torch.arange(16, 32, device=DEVICE).expand(b, -1).contiguous() if picks else None
-        where = torch.tensor(rows, device=DEVICE)
-        mask = two_copy_verify(tokens // 2, DEVICE)
-        eager = fast(ids, positions, cache, where, mask, logits_at=at, slots=128)
-        graph = runner(ids, positions, where, mask, at, slots=100)
+        window = cache.window(tokens, rows, ahead=[0] * (b - riders - 1) + [tokens if riders else 0] + [0] * riders)
+        where, prefix = window.row_index, window.prefix
+        mask = two_copy_verify(tokens // 2, DEVICE).expand(b, -1, -1)
+        eager = forward(ids, positions, where, prefix, mask, at, b - riders).clone()
+        graph = runner(ids, positions, where, prefix, mask, at, b - riders)
+        assert graph.shape == eager.shape
         assert _error(graph, eager) <= (1e-5 if dtype == torch.float32 else 3e-2)
-        if Shape(b, tokens, 128, picks) in runner.captured:
+        if Shape(b - riders, tokens, picks, riders) in runner.captured:
             assert torch.equal(graph.argmax(-1), eager.argmax(-1))
 
 

@@ -1,0 +1,103 @@
+"""How the forwards of a decode are run: the model as it is, or its family's fast forward, in CUDA graphs where shapes were captured.
+
+A decoder asks an `Engine` for every forward. What it computes is the same in all three ways up to rounding; what differs is time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shared.graphs import GraphRunner, Shape, sizes
+from shared.kv_cache import BlockCache, Window
+from shared.options import Runtime
+
+
+class Engine:
+    """A model, its cache of ``rows`` times ``slots``, and the way its forwards run.
+
+    The model offers ``new_cache(rows, slots)`` and ``fast()``, which is its fast forward or None. ``block_length`` fixes the shapes worth a graph.
+    """
+
+    def __init__(self, model, rows: int, slots: int, block_length: int, runtime: Runtime):
+        self.model, self.block_length, self.runtime = model, block_length, runtime
+        self.cache: BlockCache = model.new_cache(rows, slots)
+        self.fast = None if runtime.fast is False else model.fast(required=bool(runtime.fast))
+        self.runner = None
+        if self.fast is not None and runtime.graphs is not False and model.device.type == "cuda":
+            self.runner = GraphRunner(self._fast_forward, model.device)
+            self.runner.capture(self.shapes(rows))
+
+    @classmethod
+    def of(cls, model, rows: int, slots: int, block_length: int, runtime: Runtime) -> Engine:
+        """An engine that holds at least this much: the model's last one if it still serves (its graphs are worth keeping), else a new one."""
+        last: Engine | None = getattr(model, "last_engine", None)
+        if last is not None and last.serves(rows, slots, block_length, runtime):
+            last.cache.reset(range(len(last.cache.lengths)))
+            return last
+        model.last_engine = None  # frees its memory before the new one takes its own
+        engine = cls(model, rows, slots, block_length, runtime)
+        if engine.runner is not None:
+            model.last_engine = engine
+        return engine
+
+    def serves(self, rows: int, slots: int, block_length: int, runtime: Runtime) -> bool:
+        """Can this engine do the work of one made with these arguments, on the weights where they are now?"""
+        return (
+            len(self.cache.lengths) >= rows
+            and self.cache.slots >= slots
+            and (self.block_length, self.runtime) == (block_length, runtime)
+            and self.cache.keys.dtype == self.model.dtype
+            and self.cache.keys.device == self.model.device
+        )
+
+    @property
+    def capture_seconds(self) -> float:
+        return self.runner.seconds if self.runner else 0.0
+
+    def queries(self, count: int) -> int:
+        """How many mask queries a verify of ``count`` should carry: a captured number, or just ``count``."""
+        return next(q for q in self._query_sizes() if q >= count) if self.runner else count
+
+    def verify_tokens(self, count: int) -> int:
+        """How many drafted tokens a verify of ``count`` should carry."""
+        return self.block_length if self.runner else count
+
+    def _query_sizes(self) -> list[int]:
+        length = self.block_length
+        return sorted({max(1, length // 4), max(1, length // 2), length})
+
+    def shapes(self, rows: int) -> list[Shape]:
+        """Drafts, drafts with commits riding along, and verifies, at every batch size worth a graph."""
+        length = self.block_length
+        drafts = [Shape(b, length, riders=r) for b in sizes(rows) for r in [0, *sizes(b)]]
+        verifies = [Shape(b, length + q, picks=q) for b in sizes(rows) for q in self._query_sizes()]
+        return drafts + verifies
+
+    def _fast_forward(self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading) -> Tensor:
+        return self.fast(
+            input_ids, position_ids, self.cache, rows, prefixes, local_mask, leading=leading, logits_at=logits_at
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        window: Window,
+        local_mask: Tensor | None,
+        *,
+        leading: int | None = None,
+        logits_at: slice | None = None,
+    ) -> Tensor:
+        """Logits ``[leading, T, V]``, or of the positions ``logits_at``; only the ``leading`` first entries get any (default: all).
+
+        They may live in a graph's memory: what must outlast the next forward has to be copied.
+        """
+        leading = len(input_ids) if leading is None else leading
+        if self.fast is None:
+            return self.model(input_ids, position_ids, window, local_mask, leading=leading, logits_at=logits_at)
+        call = self._fast_forward if self.runner is None else self.runner
+        picked = logits_at
+        if isinstance(logits_at, slice):
+            picked = torch.arange(input_ids.shape[1], device=input_ids.device)[logits_at].expand(leading, -1)
+        return call(input_ids, position_ids, window.row_index, window.prefix, local_mask, picked, leading)
