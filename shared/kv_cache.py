@@ -52,6 +52,7 @@ class BlockCache:
         for row, length in after.items():
             if not 0 <= length <= self.slots:
                 raise ValueError(f"row {row} would hold {length} tokens; the cache has {self.slots} slots")
+        for row, length in after.items():
             self.lengths[row] = length
         if after:
             self._sync()

@@ -30,7 +30,9 @@ def new_batch(prompts, *, rows=2, tokens=6, requests=None, steps=LENGTH) -> Batc
     )
 
 
-def write(batch: Batch, token: int = 5, take=None, *, how=How.UNMASKED, reach=0, confidence=0.5, drafted=None):
+def write(
+    batch: Batch, token: int = 5, take=None, *, how=How.UNMASKED, reach=0, confidence=0.5, drafted=None, finite=True
+):
     """One step that fills ``take [b, L]`` (default: every masked position) of the active rows with ``token``; the draft was ``drafted``."""
     rows = batch.active
     index = batch.index(rows)
@@ -38,15 +40,14 @@ def write(batch: Batch, token: int = 5, take=None, *, how=How.UNMASKED, reach=0,
     masked = block == MASK
     tokens = torch.full_like(block, token)
     confidence = torch.full(block.shape, confidence)
-    draft = Draft(
-        index, block, masked, tokens, confidence, torch.zeros(*block.shape, 3), batch.decoded[index], Sampling()
-    )
+    entries, logits = torch.arange(len(rows)), torch.zeros(*block.shape, 3)
+    draft = Draft(index, block, masked, tokens, confidence, logits, entries, batch.decoded[index], Sampling())
     choice = Choice.none(draft)
     place = torch.arange(LENGTH).expand_as(tokens)
     choice.add(masked & (torch.tensor(take) if take else masked), tokens, how, place)
     if drafted is not None:
         draft = replace(draft, tokens=torch.tensor(drafted))
-    return batch.write(rows, draft, choice, torch.full((len(rows),), reach))
+    return batch.write(rows, draft, choice, torch.full((len(rows),), reach), torch.tensor(finite).expand(len(rows)))
 
 
 def finish(batch: Batch, i: int, decode=None, **blocks):
@@ -74,7 +75,7 @@ def test_a_text_from_start_to_end():
     assert write(batch, 10, [[False, True, False, True]], how=How.ACCEPTED, reach=4, confidence=0.75) == []
     assert batch.decoded.tolist() == [2]
     assert write(batch, 11) == [Finished(0, last=False, verified_to=0)]
-    assert batch.new_tokens(0) == [10, 11, 10]
+    assert batch.new_tokens(0, 5) == [10, 11, 10]
     batch.advance([0])
     assert batch.decoded.tolist() == [0]
     assert write(batch, 12) == [Finished(0, last=True, verified_to=0)]
@@ -160,8 +161,9 @@ def test_a_free_row_takes_the_next_prompt():
 def test_quota_and_overtime():
     batch = new_batch([[1], [2]], steps=2)
     batch.admit()
-    batch.rows[0].step, batch.rows[1].step = 1, 2
-    due, late = batch.quota([0, 1], [3, 1])
+    batch.step[0], batch.step[1] = 1, 2
+    batch.schedule = torch.tensor([3, 1])
+    due, late = batch.quota(torch.tensor([0, 1]))
     assert due.tolist() == [1, 3], "after the last step the schedule runs once more"
     assert late.tolist() == [False, True]
 
@@ -189,6 +191,8 @@ def test_logits_that_are_not_finite():
     batch.admit()
     with pytest.raises(FloatingPointError, match="request 3, block at position 0, step 1"):
         write(batch, confidence=float("nan"))
+    with pytest.raises(FloatingPointError, match="the verifier logits hold NaN"):
+        write(batch, finite=False)
 
 
 def test_more_uniforms_than_there_are():

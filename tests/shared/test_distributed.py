@@ -20,7 +20,7 @@ def test_one_process_without_torchrun(monkeypatch):
 def test_what_torchrun_says(monkeypatch):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert World.from_environment() == (5, 8, 1)
+    assert World.from_environment() == World(rank=5, size=8, local=1)
 
 
 @given(st.integers(1, 5), st.integers(0, 12))

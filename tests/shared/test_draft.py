@@ -18,7 +18,17 @@ def make_draft(masked: list[list[bool]], tokens=None, logits=None, sampling: Sam
     logits = torch.zeros(rows, length, 3) if logits is None else logits
     confidence = torch.linspace(0.1, 0.9, rows * length).reshape(rows, length)
     decoded = torch.arange(rows)
-    return Draft(torch.arange(rows), tokens, masked, tokens, confidence, logits, decoded, sampling or Sampling())
+    return Draft(
+        torch.arange(rows),
+        tokens,
+        masked,
+        tokens,
+        confidence,
+        logits,
+        torch.arange(rows),
+        decoded,
+        sampling or Sampling(),
+    )
 
 
 @given(masks)

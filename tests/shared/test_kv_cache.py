@@ -211,3 +211,8 @@ def test_size_and_dtype():
     cache = BlockCache(2, 3, 4, 5, 6, dtype=torch.bfloat16)
     assert cache.slots == 5
     assert cache.nbytes == 2 * (2 * 3 * 4 * 5 * 6) * 2
+
+
+def test_width_covers_what_is_written():
+    with pytest.raises(ValueError, match="width 1 does not hold 3 tokens"):
+        with_lengths(1, 3, 0).window(3, width=1)

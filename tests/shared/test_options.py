@@ -22,6 +22,7 @@ from shared.options import (
     Estimation,
     FlatOptions,
     Routing,
+    Runtime,
     Sampling,
     Savings,
     Unmask,
@@ -42,6 +43,7 @@ class Every(FlatOptions):
     estimation: Estimation = field(default_factory=Estimation)
     acceptance: Acceptance = field(default_factory=Acceptance)
     cache: Cache = field(default_factory=Cache)
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def flats(draw):
                 continue  # cross-checked: see below
             if draw(st.integers(0, 3)):
                 continue
-            if hints[f.name] is bool:
+            if bool in (hints[f.name], *kinds):
                 flat[f.name] = draw(st.booleans())
             elif groups.get_origin(hints[f.name]) is Literal:
                 flat[f.name] = draw(st.sampled_from(kinds))

@@ -23,7 +23,7 @@ def make_draft(masked, confidence, *, rows=None, logits=None, decoded=None) -> D
     zeros = torch.zeros(masked.shape, dtype=torch.long)
     logits = torch.zeros(*masked.shape, VOCAB) if logits is None else logits
     decoded = zeros[:, 0] if decoded is None else torch.tensor(decoded)
-    return Draft(rows, zeros, masked, zeros, confidence, logits, decoded, Sampling())
+    return Draft(rows, zeros, masked, zeros, confidence, logits, torch.arange(len(masked)), decoded, Sampling())
 
 
 def policy(name: str, *, rows: int = ROWS, bandit: dict | None = None, **routing):

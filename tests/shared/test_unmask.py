@@ -36,7 +36,9 @@ def make_draft(masked: list[list[bool]], confidence: list[list[float]], logits=N
     rows, length = masked.shape
     logits = torch.zeros(rows, length, 3) if logits is None else logits
     zeros = torch.zeros(rows, length, dtype=torch.long)
-    return Draft(torch.arange(rows), zeros, masked, zeros, confidence, logits, zeros[:, 0], Sampling())
+    return Draft(
+        torch.arange(rows), zeros, masked, zeros, confidence, logits, torch.arange(rows), zeros[:, 0], Sampling()
+    )
 
 
 def taken(take: torch.Tensor, key: torch.Tensor) -> list[list[int]]:

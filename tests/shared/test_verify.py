@@ -29,7 +29,7 @@ def make_draft(masked, tokens, probs, sampling=SAMPLED) -> Draft:
     masked, tokens, probs = torch.tensor(masked), torch.tensor(tokens), torch.tensor(probs)
     confidence = probs.gather(-1, tokens[..., None])[..., 0]
     rows = torch.arange(len(masked))
-    return Draft(rows, torch.full_like(tokens, 9), masked, tokens, confidence, probs.log(), rows * 0, sampling)
+    return Draft(rows, torch.full_like(tokens, 9), masked, tokens, confidence, probs.log(), rows, rows * 0, sampling)
 
 
 def given_uniforms(*rows: list[float]) -> Uniforms:
@@ -309,3 +309,17 @@ def test_losslessness():
     both = losslessness(options(cache_ver=False, do_verify_policy="score_threshold"))
     assert not both.lossless
     assert both.reason.count(";") == 1, "every reason is told"
+
+
+@pytest.mark.parametrize(
+    "mode", [("published", SAMPLED), ("exact", SAMPLED), ("published", Sampling()), ("exact", Sampling())]
+)
+def test_verifier_logits_that_are_not_numbers(mode):
+    """The verdict says so, which stops the decode; the random rule accepts nothing either."""
+    acceptance, sampling = mode
+    draft = make_draft([[True] * 3], [[0] * 3], [[[0.5, 0.5]] * 3], sampling)
+    logits = torch.full((1, 3, 2), math.nan)
+    verdict = judge_block(draft, logits, Acceptance(acceptance=acceptance), sampling, given_uniforms([0.0] * 4))
+    assert verdict.finite.tolist() == [False]
+    if (acceptance, sampling) != ("exact", Sampling()):
+        assert not verdict.accepted.any()
