@@ -110,6 +110,7 @@ def decode(
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
+    check_call(len(prompts), requests, uniforms, batch_size)
     run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     done: dict[int, Completion] = {}
@@ -217,6 +218,18 @@ def check_prompts(prompts: list[list[int]], blocks, config) -> None:
             raise UserError(f"prompt {k} has a token id outside the vocabulary. Allowed: 0 to {config.vocab_size - 1}")
         if blocks.mask_id in prompt:
             raise UserError(f"prompt {k} contains the mask token (id {blocks.mask_id}), which means 'to be decoded'")
+
+
+def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_size: int | None) -> None:
+    """Raise `UserError` for call keywords that do not fit ``prompts`` prompts."""
+    if requests is not None and (len(requests) != prompts or len(set(requests)) != prompts):
+        raise UserError(
+            f"requests are {list(requests)}. Allowed: one number for each of the {prompts} prompts, all different"
+        )
+    if uniforms is not None and len(uniforms) != prompts:
+        raise UserError(f"uniforms hold {len(uniforms)} lists. Allowed: one for each of the {prompts} prompts")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}. Allowed: at least 1")
 
 
 def prefill(run: Run) -> bool:

@@ -74,7 +74,7 @@ def judge(
     exact_greedy = options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW
     if exact_greedy and options.ssd_ratio_threshold < 0:
         best, sure = greedy(verifier_logits)
-        accepted, rejected = split_at_first_failure(tokens != best, in_span)
+        accepted, rejected = split_at_first_failure((tokens != best) | ~torch.isfinite(sure), in_span)
         accepted, rejected, best = (in_block(x, queries, length) for x in (accepted, rejected, best))
         return Verdict(accepted, rejected, best, torch.zeros_like(draft.confidence), torch.isfinite(sure).all(-1))
     target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
@@ -83,8 +83,8 @@ def judge(
 
     finite = torch.isfinite(ratio).all(-1)
     if exact_greedy:
-        best = greedy(verifier_logits)[0]
-        accepted, rejected = split_at_first_failure(tokens != best, in_span)
+        best, sure = greedy(verifier_logits)
+        accepted, rejected = split_at_first_failure((tokens != best) | ~torch.isfinite(sure), in_span)
         return Verdict(*(in_block(x, queries, length) for x in (accepted, rejected, best, ratio)), finite)
     numbers = uniforms.take(draft.rows, length, draft.span.sum(-1))
     numbers = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1))

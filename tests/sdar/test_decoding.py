@@ -199,6 +199,59 @@ def test_bad_prompts_are_refused(prompt, flat, message):
         family().run("speculative", [prompt], {**BASE, **flat})
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"requests": [2, 2]}, "all different"),
+        ({"requests": [1]}, "each of the 2 prompts"),
+        ({"uniforms": [[0.5] * 100]}, "one for each"),
+        ({"batch_size": -1}, "batch_size is -1"),
+    ],
+)
+def test_bad_calls_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
+        family().run("speculative", [[1, 2], [3, 4]], BASE, **call)
+
+
+def test_completions_come_in_the_order_of_the_prompts():
+    """Whatever their numbers and whoever finishes first."""
+    prompts = checks.draw_prompts(5, seed=12)
+    out = family().run("plain", prompts, BASE, requests=[9, 2, 7, 4, 5], batch_size=2)
+    assert [c.request for c in out.completions] == [9, 2, 7, 4, 5]
+    assert [c.trace.token_ids[: c.trace.prompt_length] for c in out.completions] == prompts
+
+
+def test_a_reused_row_keeps_nothing_of_the_text_before():
+    prompts = checks.draw_prompts(4, seed=13)
+    rows = family().run("speculative", prompts, BASE, batch_size=1, seed=2).completions
+    for k, prompt in enumerate(prompts):
+        (alone,) = family().run("speculative", [prompt], BASE, requests=[k], seed=2).completions
+        assert alone.trace == rows[k].trace
+
+
+def test_blocks_streamed_are_the_tokens_returned():
+    streamed: dict[int, list[int]] = {}
+    out = family().run(
+        "plain", checks.draw_prompts(3, seed=14), BASE, on_block=lambda k, ids: streamed.setdefault(k, []).extend(ids)
+    )
+    assert [streamed[k] for k in range(3)] == out.tokens
+
+
+def test_nan_verifier_logits_stop_the_decode():
+    """Logits of mask queries only: the draft is fine, the verifier is not, and nothing of it is accepted."""
+    model = SDARForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
+    original = model.forward
+
+    def forward(*args, logits_at=None, **kwargs):
+        logits = original(*args, logits_at=logits_at, **kwargs)
+        return logits if logits_at is None else logits * float("nan")
+
+    model.forward = forward
+    for acceptance in ("published", "exact"):
+        with pytest.raises(FloatingPointError, match="the verifier logits"):
+            generate_ssd_policy.block_diffusion_generate(model, [1, 2, 3], acceptance=acceptance, **BASE)
+
+
 def test_a_model_that_predicts_masks_is_stopped():
     """With the mask token allowed and always predicted, the block is never finished: an error names it."""
     model = SDARForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float64)

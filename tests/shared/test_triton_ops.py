@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from shared import triton_ops as ops
-from shared.graphs import GraphRunner, Shape, best_fit
 from shared.masks import block_causal, causal_until, token_causal, two_copy_verify
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,38 +272,3 @@ def test_split_plan_is_bounded(batch, tokens):
     for slots in (1, 64, 512, 4096):
         plan = ops.split_plan(batch, tokens, heads, slots)
         assert 1 <= plan.splits <= 2 * -(-slots // plan.block_s)
-
-
-def test_best_fit_takes_the_smallest_that_serves():
-    shapes = [Shape(b, 16, s) for b in (1, 4, 8) for s in (512, 2048)] + [Shape(4, 32, 512, 16)]
-    assert best_fit(shapes, Shape(3, 16, 100)) == Shape(4, 16, 512)
-    assert best_fit(shapes, Shape(1, 16, 513)) == Shape(1, 16, 2048)
-    assert best_fit(shapes, Shape(2, 32, 512, 16)) == Shape(4, 32, 512, 16)
-    for absent in (Shape(9, 16, 1), Shape(1, 16, 4096), Shape(1, 15, 1), Shape(1, 16, 1, 16)):
-        assert best_fit(shapes, absent) is None
-
-
-def test_runner_falls_back_to_eager():
-    runner = GraphRunner(lambda ids, positions, rows, mask, at, slots: ids * 2, "cpu")
-    ids = torch.arange(4)[None]
-    assert torch.equal(runner(ids, ids, torch.zeros(1, dtype=torch.long), slots=8), ids * 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
-def test_runner_replays_with_padding():
-    table = torch.randn(10, 6, device=DEVICE)
-
-    def forward(input_ids, position_ids, rows, local_mask, logits_at, slots):
-        out = table[input_ids] + position_ids[..., None] + rows[:, None, None] + local_mask.sum(-1)[..., None]
-        return out if logits_at is None else out.gather(1, logits_at[..., None].expand(-1, -1, 6))
-
-    runner = GraphRunner(forward, DEVICE)
-    runner.capture([Shape(2, 4, 64), Shape(4, 4, 64), Shape(4, 4, 64, 2)])
-    mask = token_causal(4, DEVICE)
-    for batch in (1, 2, 3, 5):
-        ids, positions = (torch.randint(10, (batch, 4), device=DEVICE) for _ in range(2))
-        rows, at = torch.arange(batch, device=DEVICE), torch.randint(4, (batch, 2), device=DEVICE)
-        for given in (None, at):
-            got = runner(ids, positions, rows, mask, given, slots=64)
-            assert torch.equal(got, forward(ids, positions, rows, mask.expand(batch, -1, -1), given, 64))
