@@ -2,7 +2,8 @@
 
 python -m eval.frontier                            # the shipped SDAR checkpoint, 256 word problems, every decoder
 python -m eval.frontier --grid small --problems 32 # a few decoders, for a CPU
-python -m eval.frontier --task instructions --json frontier.json
+python -m eval.frontier --task instructions --json instructions.jsonl
+python -m eval.frontier --readme SDAR/README.md    # rewrite the tables that a README makes from such files
 
 For every setting: accuracy, forwards per token (prefill, draft, verify, commit; counted per text as if it ran alone), accepted drafts per
 verify forward, tokens per second of the whole batch, and how many texts equal the greedy text of block size one. A table for people, then
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +111,38 @@ def row(figures: dict) -> str:
     )
 
 
+_MARKED = re.compile(r"(<!-- frontier: (\S+)(?: (.*?))? -->\n).*?(<!-- /frontier -->)", re.DOTALL)
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table of `measure`'s figures."""
+    lines = [
+        "| setting | accuracy % | forwards / token | prefill, draft, verify, commit | accepted / verify | texts as block size one |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        kinds = ", ".join(f"{n / r['tokens']:.3f}" for n in r["forwards"].values())
+        accepted = f"{r['accepted_length']:.1f}" if r["forwards"]["verify"] else ""
+        lines.append(
+            f"| {r['setting']} | {100 * r['accuracy']:.1f} | {r['forwards_per_token']:.3f} | {kinds} | {accepted} | "
+            f"{r['same_as_block_size_one']} / {r['texts']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def refreshed(text: str, root: Path) -> str:
+    """``text`` with every table between ``<!-- frontier: FILE [PATTERN] -->`` and ``<!-- /frontier -->`` made anew from ``root / FILE``.
+
+    ``PATTERN`` is a regular expression that the settings shown must match.
+    """
+
+    def table(match: re.Match) -> str:
+        rows = [json.loads(line) for line in (root / match[2]).read_text().splitlines()]
+        return match[1] + markdown([r for r in rows if re.search(match[3] or "", r["setting"])]) + match[4]
+
+    return _MARKED.sub(table, text)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path(sdar.__file__).parent / "tiny"))
@@ -121,8 +155,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="float32 keeps batched and single decoding equal (default)")
+    parser.add_argument("--readme", nargs="+", help="rewrite the marked tables of these files and measure nothing")
     parser.add_argument("--json", help="also write one JSON line per setting to this file")
     args = parser.parse_args(argv)
+    if args.readme:
+        for name in args.readme:
+            Path(name).write_text(refreshed(Path(name).read_text(), Path(__file__).parent.parent))
+        return
     model = SDARForCausalLM.from_pretrained(args.model, dtype=args.dtype, device=resolve_device(args.device))
     tokenizer = load_tokenizer(args.model)
     problems = held_out(args.task, args.problems, seed=args.seed)

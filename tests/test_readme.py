@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from eval import frontier
 from sdar import generate, generate_ssd_policy
 from shared.cli import parse
 from shared.docs import refreshed
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), ROOT / "benchmarks/frontier/README.md"]
 SCRIPTS = {"generate.py": generate.SCRIPT, "generate_ssd_policy.py": generate_ssd_policy.SCRIPT}
 # Commands that a test cannot run: they fetch a real checkpoint, need a GPU, take long, or are the suite itself. Their flags are still parsed
 # where a parser of ours reads them.
@@ -75,7 +76,9 @@ def test_command(folder, command, tmp_path):
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))
 def test_tables_are_fresh(readme):
-    assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.docs {readme.relative_to(ROOT)}"
+    name = readme.relative_to(ROOT)
+    assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.docs {name}"
+    assert frontier.refreshed(readme.read_text(), ROOT) == readme.read_text(), f"run: python -m eval.frontier --readme {name}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))
