@@ -78,7 +78,9 @@ def test_command(folder, command, tmp_path):
 def test_tables_are_fresh(readme):
     name = readme.relative_to(ROOT)
     assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.docs {name}"
-    assert frontier.refreshed(readme.read_text(), ROOT) == readme.read_text(), f"run: python -m eval.frontier --readme {name}"
+    assert frontier.refreshed(readme.read_text(), ROOT) == readme.read_text(), (
+        f"run: python -m eval.frontier --readme {name}"
+    )
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))
