@@ -119,7 +119,8 @@ def decode(
         draft = propose(run, rows)
         picked = route(run, draft)
         choice, reach, finite = verify(run, rows, draft, picked)
-        fill_quota(run, draft, choice)
+        if len(picked.index) < len(rows) or not run.batch.one_token_is_enough:  # a verified row has gained one already
+            fill_quota(run, draft, choice)
         run.policy.observe(draft, reach > 0, choice.count)
         finished = write(run, rows, draft, choice, reach, finite)
         if on_block:

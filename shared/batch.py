@@ -85,6 +85,7 @@ class Batch:
         self.confidence = torch.zeros(rows, self.capacity, device=device)
         self.spans = zeros(rows, 2, iterations)  # verified_span, accepted
         self.schedule = torch.tensor(step_quota(block_length, steps), device=device)
+        self._kinds = torch.arange(3, device=device)[:, None]
         self._stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         self._place = torch.arange(block_length, device=device)
 
@@ -121,6 +122,11 @@ class Batch:
         """``rows`` as a device tensor ``[b]``."""
         return torch.tensor(list(rows), dtype=torch.long).to(self.tokens.device, non_blocking=True)
 
+    @property
+    def one_token_is_enough(self) -> bool:
+        """Is the quota of every step a single token?"""
+        return self.steps >= self.block_length
+
     def positions(self, rows: Tensor, back: int = 0) -> Tensor:
         """``[b, L]``: absolute positions of the current block of ``rows [b]``, or of the block ``back`` positions before it."""
         return (self.start[rows] - back)[:, None] + self._place
@@ -151,10 +157,8 @@ class Batch:
         block = torch.where(take, choice.tokens, draft.block)
         self.tokens[at] = block
         now = torch.stack([self.iteration[index][:, None].expand_as(choice.rank), choice.how, choice.rank], 1)
-        for k in range(3):
-            self.history[index[:, None], k, positions] = torch.where(
-                take, now[:, k], self.history[index[:, None], k, positions]
-            )
+        cell = (index[:, None, None], self._kinds, positions[:, None, :])
+        self.history[cell] = torch.where(take[:, None], now, self.history[cell])
         self.confidence[at] = torch.where(take, draft.confidence, self.confidence[at])
         accepted = (choice.how == How.ACCEPTED).sum(-1)
         self.spans[index, :, self.iteration[index]] = (
