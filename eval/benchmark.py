@@ -86,7 +86,7 @@ class Forwards:
         index = list(range(rows)) * (2 if riders else 1)
         ahead = [tokens] * rows + [0] * rows if riders else None
         window = cache.window(tokens, index, ahead=ahead)
-        inputs = [torch.randint(1000, (len(index), tokens), device=device) for _ in range(8)]
+        inputs = [torch.randint(vocabulary(self.model), (len(index), tokens), device=device) for _ in range(8)]
         positions = (window.prefix[:, None] + torch.arange(tokens, device=device)).clamp(
             max=self.model.config.max_position_embeddings - 1
         )
@@ -105,7 +105,7 @@ class Forwards:
         """A prompt of ``tokens`` into an empty cache, block-causal, no logits."""
         cache, device = self.engine.cache, self.model.device
         cache.reset(range(len(cache.lengths)))
-        ids = torch.randint(1000, (1, tokens), device=device)
+        ids = torch.randint(vocabulary(self.model), (1, tokens), device=device)
         positions = torch.arange(tokens, device=device)[None]
         mask, window = masks.block_causal(tokens, self.length, device), cache.window(tokens, [0])
         call = lambda: self.engine.forward(ids, positions, window, mask, logits_at=slice(0, 0))  # noqa: E731
@@ -122,16 +122,21 @@ class Forwards:
         print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x", flush=True)
 
 
-def prompts_of(rows: int, context: int) -> list[list[int]]:
+def vocabulary(model) -> int:
+    """Random inputs are ids below this: ordinary tokens of every vocabulary here, which keep their special ids at the end."""
+    return min(1000, model.special_ids()[0])
+
+
+def prompts_of(model, rows: int, context: int) -> list[list[int]]:
     rng = random.Random(0)
-    return [[rng.randrange(1000) for _ in range(context)] for _ in range(rows)]
+    return [[rng.randrange(vocabulary(model)) for _ in range(context)] for _ in range(rows)]
 
 
 def measure_decode(
     name: str, decode: Callable[..., Output], model, rows: int, args, draft: float, verify: float, **flat
 ) -> dict:
     """One decode of ``rows`` prompts at once, after one to warm up. ``draft`` and ``verify`` are seconds of those forwards at this batch size."""
-    prompts = prompts_of(rows, args.context)
+    prompts = prompts_of(model, rows, args.context)
     call = {"block_length": args.block_length, "max_new_tokens": args.new_tokens, "stopping_criteria_idx": (), **flat}
     runtime = {"fast": args.fast, "graphs": args.graphs}
     decode(model, prompts, **{**call, "max_new_tokens": 2 * args.block_length, **runtime})
@@ -173,7 +178,7 @@ def against(target: str, kwargs: dict, model, args) -> dict:
         decode = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"vs {target!r} cannot be imported ({error}). Allowed: MODULE:FUNCTION") from error
-    ids = torch.tensor(prompts_of(1, args.context), device=model.device)
+    ids = torch.tensor(prompts_of(model, 1, args.context), device=model.device)
     style, seconds = HFStyle(model), []
     for _ in range(2):
         began = time.perf_counter()
@@ -200,7 +205,7 @@ def profile(decode: Callable[..., Output], model, args, path: str, **flat) -> No
         **flat,
     }
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
-        output = decode(model, prompts_of(1, args.context), **call, fast=args.fast, graphs=args.graphs)
+        output = decode(model, prompts_of(model, 1, args.context), **call, fast=args.fast, graphs=args.graphs)
     steps = output.batch_forwards["draft"]
     time_of = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
     events = sorted(record.key_averages(), key=time_of, reverse=True)
