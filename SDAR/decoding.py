@@ -101,10 +101,11 @@ def decode(
 ) -> Output:
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
-    ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all). Randomness comes from
-    ``(seed, index of the prompt)``, or from ``uniforms``, one recorded list per prompt. ``on_block(request, new_ids)`` is called as blocks
-    finish, ``on_finish(completion)`` as texts do. ``requests`` numbers the prompts otherwise than 0, 1, 2, ...
-    ``judge`` replaces `shared.verify.judge`: acceptance by a script, for benchmarks on weights that mean nothing. Raises `UserError` before any forward when a prompt or an option does not fit.
+    ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
+    join as rows finish. Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt;
+    ``requests`` numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish,
+    ``on_finish(completion)`` as texts do. ``judge`` replaces `shared.verify.judge`: acceptance by a script, for benchmarks on weights that
+    mean nothing. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
@@ -363,10 +364,11 @@ def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor
     try:
         return run.batch.write(rows, draft, choice, reach, finite)
     except FloatingPointError as error:
-        positions = run.batch.positions(draft.rows)
-        layer = first_broken_layer(
-            run.model.model.layers, lambda: run.forward("draft", rows, draft.block, positions, None)
-        )
+        length = run.batch.block_length
+        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
+        positions = run.batch.positions(draft.rows).repeat(1, 2)
+        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
+        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
         raise FloatingPointError(f"{error}, first in {layer}") from None
 
 

@@ -3,8 +3,10 @@
 Shape letters used in every docstring of this repository:
 
     B  batch rows            L  block length          H     attention heads
-    T  tokens of a forward   S  cache slots / span    H_kv  key-value heads
-    V  vocabulary            N  generated tokens      D     head dimension
+    b  rows of one step      P  prompt length         H_kv  key-value heads
+    T  tokens of a forward   N  generated tokens      D     head dimension
+    V  vocabulary            M  verifier queries      S     cache slots in reach
+                             W  local slots
 
 Booleans say what True means: ``masked [B, L]`` is True where a position is still a mask token,
 ``allowed [T, S]`` is True where a query may attend to a key.

@@ -329,9 +329,9 @@ class Script:
         device = resolve_device(world.device(script.device))
         model = tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
         if world.rank == 0:
-            print(
-                f"{self.title} | {source} | preset {preset or 'none'} | {model.device.type}, {str(model.dtype)[6:]}\n"
-            )
+            print(f"{self.title} | {source} | {model.device.type}, {str(model.dtype)[6:]}")
+            values = " ".join(f"{k}={v}" for k, v in self.presets.get(preset, {}).items())
+            print(f"preset {preset}: {values}\n" if preset else "no preset\n")
         output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
         world.leave()
         if output is None:
