@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -36,8 +37,11 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """What kind of error it is, and the first line of its message if it has one."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:200]
+    """What kind of error it is, and the beginning of its message if it has one."""
+    line = " ".join(str(error).strip().splitlines()[:1])
+    return textwrap.shorten(
+        f"{type(error).__name__}: {line}" if line else type(error).__name__, 200, placeholder=" ..."
+    )
 
 
 def _read_json(path: Path) -> dict:
