@@ -16,7 +16,7 @@ from shared.options import Runtime
 class Engine:
     """A model, its cache of ``rows`` times ``slots``, and the way its forwards run.
 
-    The model offers ``new_cache(rows, slots)`` and ``fast()``, which is its fast forward or None. ``block_length`` fixes the shapes worth a graph.
+    The model offers ``new_cache(rows, slots)`` and ``fast()``, which is its fast forward (``current()``: made from the weights as they are) or None. ``block_length`` fixes the shapes worth a graph.
     """
 
     def __init__(self, model, rows: int, slots: int, block_length: int, runtime: Runtime):
@@ -49,6 +49,7 @@ class Engine:
             and (self.block_length, self.runtime) == (block_length, runtime)
             and self.cache.keys.dtype == self.model.dtype
             and self.cache.keys.device == self.model.device
+            and (self.fast is None or self.fast.current())
         )
 
     @property
