@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
-from shared.errors import UserError
+from shared.errors import run_main
 from shared.loading import load_tokenizer, resolve_device
 from shared.prompts import encode_prompt
 from train.tasks import TASKS, held_out
@@ -73,8 +72,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

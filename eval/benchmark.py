@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from eval.roofline import Machine, dense_work, timed
 from sdar import SDARConfig, SDARForCausalLM, generate, generate_ssd_policy
 from shared import masks
 from shared.engine import Engine
-from shared.errors import UserError
+from shared.errors import UserError, run_main
 from shared.hf_style import HFStyle
 from shared.loading import resolve_device, resolve_dtype
 from shared.options import Runtime
@@ -295,8 +294,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
-from shared.errors import UserError
+from shared.errors import run_main
 from shared.loading import load_tokenizer, resolve_device
 from shared.output import Output
 from shared.prompts import encode_prompt
@@ -182,8 +182,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

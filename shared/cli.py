@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from shared import tensor_parallel
 from shared.distributed import World
-from shared.errors import UserError, unknown_name
+from shared.errors import UserError, run_main, unknown_name
 from shared.loading import checkpoint_folder, load_tokenizer, resolve_device
 from shared.options import ALIASES, FlatOptions, check, coerce, option
 from shared.output import Completion, Output
@@ -308,13 +308,7 @@ class Script:
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run; bad input is one line on standard error and exit code 2."""
-        try:
-            self.run(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        run_main(lambda: self.run(argv))
 
     def run(self, argv: Sequence[str] | None) -> None:
         script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped)

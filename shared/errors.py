@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -16,3 +17,14 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, allowed, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return UserError(f"unknown {kind} {name!r}{hint} Allowed: {', '.join(allowed)}")
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program's main; a `UserError` becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
