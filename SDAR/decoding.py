@@ -128,7 +128,7 @@ def decode(
             limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, limit))
-        commit(run, draft, rows, finished)
+        commit(run, finished)
         for f in finished:
             if f.last:
                 position = run.batch.rows[f.row].position
@@ -268,20 +268,22 @@ def propose(run: Run, rows: list[int]) -> Draft:
     index = batch.index(rows)
     block = batch.block(index)
     masked = block == batch.mask_id
+    ids, positions = block, batch.positions(index)
+    first_masked = masked.int().argmax(-1) if run.cache_options.draft_ver else torch.zeros_like(index)
+    mask = masks.causal_until(first_masked, length) if run.cache_options.draft_ver else None
     riders = [i for i in rows if batch.rows[i].uncommitted]
-    ride = batch.index(riders)
-    ids = torch.cat([block, batch.block(ride, back=length)])
-    positions = torch.cat([batch.positions(index), batch.positions(ride, back=length)])
     ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders)
-    mask = None
-    if run.cache_options.draft_ver or (run.cache_options.cache_ver and riders):
-        first_masked = masked.int().argmax(-1) if run.cache_options.draft_ver else torch.zeros_like(index)
-        mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
+    if riders:
+        ride = batch.index(riders)
+        ids = torch.cat([ids, batch.block(ride, back=length)])
+        positions = torch.cat([positions, batch.positions(ride, back=length)])
+        if run.cache_options.draft_ver or run.cache_options.cache_ver:
+            mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
     logits = run.forward("draft", rows + riders, ids, positions, mask, ahead=ahead, leading=len(rows))
     run.cache.commit([length] * len(riders), riders)
     for i in riders:
         batch.rows[i].uncommitted = False
-    run.causal_rows[index] = masked.int().argmax(-1)
+    run.causal_rows[index] = first_masked
     uniform = None
     if sampling.temperature >= GREEDY_BELOW:
         uniform = batch.uniforms.take(index, length, length)
@@ -382,25 +384,27 @@ def commit_mask(run: Run, index: Tensor) -> Tensor:
     return masks.causal_until(until, length)
 
 
-def commit(run: Run, draft: Draft, rows: list[int], finished: list[Finished]) -> None:
+def commit(run: Run, finished: list[Finished]) -> None:
     """Keep the keys and values of finished blocks: those of the verify forward where it saw the final tokens, else by a forward of the final
     tokens, now or together with the next draft. Then move the rows on."""
+    if not finished:
+        return
     savings, batch, length = run.options.savings, run.batch, run.batch.block_length
+    wanted = [f for f in finished if not (f.last and savings.skip_last_commit)]
+    reuse = savings.reuse_verify and run.cache_options.cache_ver
+    encoded = [f.row for f in wanted if reuse and f.verified_to == length]
     now = []
-    for f in finished:
-        if f.last and savings.skip_last_commit:
-            continue
-        if savings.reuse_verify and run.cache_options.cache_ver and f.verified_to == length:
-            run.cache.commit([length], [f.row])
-        elif savings.fuse_commit and not f.last:
-            batch.rows[f.row].uncommitted = True
-        else:
-            now.append(f.row)
+    for f in wanted:
+        if f.row not in encoded:
+            if savings.fuse_commit and not f.last:
+                batch.rows[f.row].uncommitted = True
+            else:
+                now.append(f.row)
     if now:
         index = batch.index(now)
         mask = commit_mask(run, index) if run.cache_options.cache_ver or run.cache_options.draft_ver else None
         run.forward("commit", now, batch.block(index), batch.positions(index), mask, logits_at=slice(0, 0))
-        run.cache.commit([length] * len(now), now)
+    run.cache.commit([length] * len(encoded + now), encoded + now)
     batch.advance([f.row for f in finished if not f.last])
 
 

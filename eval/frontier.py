@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
+from sdar.options import PLAIN_PRESETS, PRESETS
 from shared.errors import run_main
 from shared.loading import load_tokenizer, resolve_device
 from shared.output import Output
@@ -61,9 +62,13 @@ class Setting:
 
 
 def grid(size: str) -> Iterator[Setting]:
-    """Block size one first (every other row is compared with it), then each block length."""
+    """Block size one first (every other row is compared with it), then each block length, or just the presets of the shipped checkpoint."""
     plain, s2d2 = generate.block_diffusion_generate, generate_ssd_policy.block_diffusion_generate
     yield Setting("block size one (AR)", plain, {"block_length": 1})
+    if size == "presets":
+        yield Setting("plain diffusion, preset tiny", plain, PLAIN_PRESETS["tiny"])
+        yield Setting("S2D2, preset tiny", s2d2, PRESETS["tiny"])
+        return
     for length in (16,) if size == "small" else (8, 16, 32):
         base = {"block_length": length}
         yield Setting(f"B={length} static", plain, {**base, "remasking_strategy": "low_confidence_static"})
@@ -84,11 +89,10 @@ def measure(setting: Setting, model, tokenizer, prompts, problems, *, max_new_to
     output = setting.decode(
         model,
         prompts,
-        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         tokenizer=tokenizer,
         seed=seed,
-        **setting.options,
+        **{"max_new_tokens": max_new_tokens, **setting.options},
     )
     task = TASKS[problems[0].task]
     right = sum(task.is_correct(p, c.text) for p, c in zip(problems, output.completions, strict=True))
@@ -149,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     judged = [name for name, task in TASKS.items() if task.is_correct is not None]
     parser.add_argument("--task", default="word_problems", choices=judged)
     parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--grid", default="full", choices=("full", "small"))
+    parser.add_argument("--grid", default="full", choices=("full", "small", "presets"))
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=42)

@@ -39,6 +39,11 @@ class Row:
     uncommitted: bool = False  # the block before the current one still has to be committed
     forwards: Counter = field(default_factory=Counter)
 
+    @property
+    def where(self) -> str:
+        """What an error calls the place this text has got to."""
+        return f"request {self.request}, block at position {self.start}, step {self.step}"
+
 
 class Finished(NamedTuple):
     """A row whose block has no masks left. ``last``: the text ends with it. ``verified_to``: how many of its tokens, in their final form, this
@@ -180,16 +185,15 @@ class Batch:
             row = self.rows[i]
             row.step += 1
             row.iterations += 1
-            where = f"request {row.request}, block at position {row.start}, step {row.step}"
             if broken:
                 which = "draft" if broken % 2 else "verifier"
-                raise FloatingPointError(f"{where}: the {which} logits hold NaN or infinity")
+                raise FloatingPointError(f"{row.where}: the {which} logits hold NaN or infinity")
             if left == 0:
                 last = bool(stop) or row.start + self.block_length >= row.total
                 finished.append(Finished(i, last, verified_to))
             elif row.step >= 2 * self.steps:
                 raise RuntimeError(
-                    f"{where}: {left} positions still masked after twice the {self.steps} denoising steps"
+                    f"{row.where}: {left} positions still masked after twice the {self.steps} denoising steps"
                 )
         return finished
 
@@ -210,7 +214,7 @@ class Batch:
         return self.tokens[i, first : min(row.start + self.block_length, len(row.prompt) + limit)].tolist()
 
     def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
-        """Take row ``i``'s finished text off the batch (one device read)."""
+        """Take row ``i``'s finished text off the batch (device reads, once a text)."""
         row, end = self.rows[i], self.rows[i].start + self.block_length
         self.rows[i] = None
         ids = self.tokens[i].tolist()

@@ -72,20 +72,17 @@ def judge(
     in_span = draft.span.gather(1, at) & (queries < length)
     tokens = draft.tokens.gather(1, at)
     exact_greedy = options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW
-    if exact_greedy and options.ssd_ratio_threshold < 0:
-        best, sure = greedy(verifier_logits)
-        accepted, rejected = split_at_first_failure((tokens != best) | ~torch.isfinite(sure), in_span)
-        accepted, rejected, best = (in_block(x, queries, length) for x in (accepted, rejected, best))
-        return Verdict(accepted, rejected, best, torch.zeros_like(draft.confidence), torch.isfinite(sure).all(-1))
-    target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
-    q = target.gather(-1, tokens[..., None])[..., 0]
-    ratio = acceptance_ratio(q, draft.confidence.gather(1, at), options.ssd_ratio_tempering_factor)
-
-    finite = torch.isfinite(ratio).all(-1)
+    ratio = torch.zeros_like(tokens, dtype=torch.float32)
+    if not exact_greedy or options.ssd_ratio_threshold >= 0:
+        target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
+        q = target.gather(-1, tokens[..., None])[..., 0]
+        ratio = acceptance_ratio(q, draft.confidence.gather(1, at), options.ssd_ratio_tempering_factor)
     if exact_greedy:
         best, sure = greedy(verifier_logits)
-        accepted, rejected = split_at_first_failure((tokens != best) | ~torch.isfinite(sure), in_span)
-        return Verdict(*(in_block(x, queries, length) for x in (accepted, rejected, best, ratio)), finite)
+        finite = torch.isfinite(sure)
+        accepted, rejected = split_at_first_failure((tokens != best) | ~finite, in_span)
+        return Verdict(*(in_block(x, queries, length) for x in (accepted, rejected, best, ratio)), finite.all(-1))
+    finite = torch.isfinite(ratio).all(-1)
     numbers = uniforms.take(draft.rows, length, draft.span.sum(-1))
     numbers = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1))
     accepted, rejected = split_at_first_failure(~(numbers < ratio), in_span)

@@ -153,8 +153,9 @@ def test_exact_greedy_is_block_size_one(block_length, draft_ver):
         checks.check_exact_greedy_is_block_size_one(family(), flat, prompts)
 
 
-def test_thirty_two_different_prompts_in_one_batch():
-    checks.check_batch_equals_alone(family(), "speculative", BASE, checks.draw_prompts(32, seed=7, high=60), rows=32)
+@each_setting
+def test_thirty_two_different_prompts_in_one_batch(decoder, flat):
+    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(32, seed=7, high=60), rows=32)
 
 
 def test_max_new_tokens_is_kept():
