@@ -31,6 +31,8 @@ from shared.uniforms import Uniforms
 from shared.unmask import unmask
 from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
 
+PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
+
 
 @dataclass
 class Run:
@@ -235,27 +237,43 @@ def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_siz
 
 
 def prefill(run: Run) -> bool:
-    """Admit waiting prompts and encode their whole blocks, all in one forward. True if any came."""
-    batch, length = run.batch, run.batch.block_length
+    """Admit waiting prompts and encode their whole blocks. True if any came."""
+    batch = run.batch
     rows = batch.admit()
     run.cache.reset(rows)
     run.policy.reset(rows)
-    rows_with_blocks = [i for i in rows if batch.rows[i].start]
-    if rows_with_blocks:
-        tokens = max(batch.rows[i].start for i in rows_with_blocks)
-        device = run.cache.length.device
-        causal = run.cache_options.cache_ver
-        mask = masks.token_causal(tokens, device) if causal else masks.block_causal(tokens, length, device)
-        ids = batch.tokens[batch.index(rows_with_blocks), :tokens]
-        positions = torch.arange(tokens, device=device).expand_as(ids)
-        # Shorter rows are padded with what follows their prompt: later tokens, which earlier ones never see.
-        began = time.perf_counter()
-        run.forward("prefill", rows_with_blocks, ids, positions, mask, logits_at=slice(0, 0))
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
-        run.prefill_seconds += time.perf_counter() - began
-        run.cache.commit([batch.rows[i].start for i in rows_with_blocks], rows_with_blocks)
+    began = time.perf_counter()
+    for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
+        encode_prompts(run, group)
+    if rows and run.cache.length.is_cuda:
+        torch.cuda.synchronize(run.cache.length.device)
+    run.prefill_seconds += time.perf_counter() - began
     return bool(rows)
+
+
+def by_tokens(lengths: dict[int, int], most: int) -> list[list[int]]:
+    """The keys in groups of at most ``most`` tokens each, padding to the longest of the group counted in (a longer text is a group of its own)."""
+    groups: list[list[int]] = []
+    for row, length in lengths.items():
+        if groups and (len(groups[-1]) + 1) * max(length, *(lengths[i] for i in groups[-1])) <= most:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def encode_prompts(run: Run, rows: list[int]) -> None:
+    """One forward over the whole blocks of the prompts of ``rows``, all of which have some."""
+    batch, length, device = run.batch, run.batch.block_length, run.cache.length.device
+    starts = [batch.rows[i].start for i in rows]
+    tokens = max(starts)
+    causal = run.cache_options.cache_ver
+    mask = masks.token_causal(tokens, device) if causal else masks.block_causal(tokens, length, device)
+    ids = batch.tokens[batch.index(rows), :tokens]
+    positions = torch.arange(tokens, device=device).expand_as(ids)
+    # Shorter rows are padded with what follows their prompt: later tokens, which earlier ones never see.
+    run.forward("prefill", rows, ids, positions, mask, logits_at=slice(0, 0))
+    run.cache.commit(starts, rows)
 
 
 def propose(run: Run, rows: list[int]) -> Draft:

@@ -140,8 +140,9 @@ def measure_decode(
     runtime = {"fast": args.fast, "graphs": args.graphs}
     decode(model, prompts, **{**call, "max_new_tokens": 2 * args.block_length, **runtime})
     if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     output = decode(model, prompts, **call, **runtime)
     spent, steps = output.batch_forwards, output.batch_forwards["draft"]
     forwards = sum(spent.values()) - spent.get("prefill", 0)
@@ -161,7 +162,7 @@ def measure_decode(
         held = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
         engine = getattr(model, "last_engine", None)
         cache = engine.cache.nbytes if engine else 0
-        line["peak_memory_over_weights_and_cache"] = round(torch.cuda.max_memory_allocated() / (held + cache), 3)
+        line["peak_memory_over_weights_and_cache"] = round(torch.cuda.max_memory_reserved() / (held + cache), 3)
     print(
         f"{name:40s} batch {rows:3d}  {line['tokens_per_second']:9.1f} tokens/s  {line['forwards_per_token']:.3f} forwards/token  "
         f"{line['ms_per_forward_in_loop']:7.3f} ms/forward  {line['ms_per_step_outside_forwards']:6.3f} ms/step outside",

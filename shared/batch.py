@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.draft import Choice, Draft, How
+from shared.indices import Indices
 from shared.options import Blocks
 from shared.output import Completion
 from shared.trace import Trace
@@ -90,6 +91,7 @@ class Batch:
         self.confidence = torch.zeros(rows, self.capacity, device=device)
         self.spans = zeros(rows, 2, iterations)  # verified_span, accepted
         self.schedule = torch.tensor(step_quota(block_length, steps), device=device)
+        self._indices = Indices(device)
         self._kinds = torch.arange(3, device=device)[:, None]
         self._stops = torch.tensor(self.stop_ids, dtype=torch.long, device=device)
         self._place = torch.arange(block_length, device=device)
@@ -124,8 +126,8 @@ class Batch:
         self.uniforms.assign(i, request if self.uniforms.recorded is None else position)
 
     def index(self, rows: Sequence[int]) -> Tensor:
-        """``rows`` as a device tensor ``[b]``."""
-        return torch.tensor(list(rows), dtype=torch.long).to(self.tokens.device, non_blocking=True)
+        """``rows`` as a device tensor ``[b]``, not to be written to."""
+        return self._indices(rows)
 
     @property
     def one_token_is_enough(self) -> bool:

@@ -26,6 +26,11 @@ class Shape:
     picks: int = 0
     riders: int = 0
 
+    @property
+    def logits(self) -> int:
+        """Positions that get logits."""
+        return self.leading * (self.picks or self.tokens)
+
 
 def best_fit(shapes: Iterable[Shape], wanted: Shape) -> Shape | None:
     """The smallest captured shape that can serve ``wanted``: same tokens and picks, no fewer entries of either kind."""
@@ -54,8 +59,8 @@ class _Captured:
 class GraphRunner:
     """Replays ``forward`` where a captured shape serves, calls it where none does.
 
-    Graphs with ``picks`` share one memory pool and graphs without another, so the logits of a replay last until the next replay of their kind: a draft's
-    survive the verify that follows it.
+    All graphs share one memory pool. Their logits go to one buffer for graphs with ``picks`` and one for those without, so the logits of a replay last
+    until the next replay of their kind: a draft's survive the verify that follows it.
     """
 
     def __init__(self, forward: Forward, device: torch.device | str):
@@ -63,14 +68,15 @@ class GraphRunner:
         self.device = torch.device(device)
         self.captured: dict[Shape, _Captured] = {}
         self.seconds = 0.0  # spent capturing
-        self._pools: dict[bool, tuple[int, int]] = {}
+        self._pool: tuple[int, int] | None = None
+        self._logits: dict[bool, Tensor] = {}  # with picks, without
 
     @torch.inference_mode()
     def capture(self, shapes: Iterable[Shape]) -> None:
-        """Capture ``shapes``, largest first, so that the smaller ones fit in memory that the larger ones have reserved."""
+        """Capture ``shapes``, those with most logits first, so that the smaller ones fit in memory that the larger ones have reserved."""
         began = time.perf_counter()
         missing = set(shapes) - set(self.captured)
-        for shape in sorted(missing, key=lambda s: ((s.leading + s.riders) * s.tokens, s.picks), reverse=True):
+        for shape in sorted(missing, key=lambda s: (s.logits, s.riders, s.tokens), reverse=True):
             self.captured[shape] = self._capture(shape)
         self.seconds += time.perf_counter() - began
 
@@ -79,14 +85,23 @@ class GraphRunner:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self.forward(**inputs, leading=shape.leading)  # compiles kernels; its rows are all -1, so it writes nothing
+            # Compiles kernels; its rows are all -1, so it writes nothing.
+            logits = self.forward(**inputs, leading=shape.leading)
+            buffer = self._logits.get(shape.picks > 0)
+            if buffer is None or buffer.numel() < logits.numel():
+                self._logits[shape.picks > 0] = torch.empty_like(logits).flatten()
+            del logits
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        kind = shape.picks > 0
-        with torch.cuda.graph(graph, pool=self._pools.get(kind)):
-            logits = self.forward(**inputs, leading=shape.leading)
-        self._pools.setdefault(kind, graph.pool())
-        return _Captured(graph, inputs, logits)
+        with torch.cuda.graph(graph, pool=self._pool):
+            kept = self._keep(shape, self.forward(**inputs, leading=shape.leading))
+        self._pool = graph.pool()
+        return _Captured(graph, inputs, kept)
+
+    def _keep(self, shape: Shape, logits: Tensor) -> Tensor:
+        """``logits`` copied to the buffer of their kind, so that the graphs can share what they came in."""
+        buffer = self._logits[shape.picks > 0][: logits.numel()].view_as(logits)
+        return buffer.copy_(logits)
 
     def _buffers(self, shape: Shape) -> dict[str, Tensor | None]:
         def zeros(*size: int) -> Tensor:

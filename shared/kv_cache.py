@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from shared.indices import Indices
+
 
 class BlockCache:
     """Keys and values ``[layers, B, H_kv, S, D]`` and lengths ``[B]`` (on the device, mirrored on the host).
@@ -36,6 +38,7 @@ class BlockCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.lengths = [0] * rows
+        self.indices = Indices(self.length.device)
 
     @property
     def slots(self) -> int:
@@ -104,12 +107,13 @@ class Window:
         if self.width < offset + tokens:
             raise ValueError(f"width {self.width} does not hold {tokens} tokens at offset {offset}")
         prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
-        device = cache.length.device
         everyone = list(rows) == list(range(len(cache.lengths)))
-        self.row_index = torch.tensor(list(rows)).to(device, non_blocking=True)
+        self.row_index = cache.indices(rows)
         self.rows = None if everyone else self.row_index
         self.offset = offset
-        self.prefix = torch.tensor(prefixes).to(device, non_blocking=True)
+        self.prefix = cache.length[self.row_index]
+        if any(ahead):
+            self.prefix = self.prefix + cache.indices(ahead)
         self.extent = max(prefixes) + self.width
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:

@@ -1,0 +1,42 @@
+"""What the precision report compares: the plain network with itself differs by nothing, bfloat16 by its rounding, a wrong network by more."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from eval import precision
+from sdar import SDARForCausalLM
+from shared.options import Runtime
+from tests.family_checks import golden_folder
+
+
+def load(dtype: str, device: str = "cpu"):
+    return SDARForCausalLM.from_pretrained(golden_folder("SDAR") / "model", dtype=dtype, device=device)
+
+
+def test_rounding_is_seen_and_small(capsys):
+    precision.main(["--model", str(golden_folder("SDAR") / "model"), "--context", "24", "--device", "cpu"])
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["differences"]
+    assert 1e-5 < rows["plain"]["mean"] < 0.05
+    assert rows["plain"]["mean"] <= rows["plain"]["largest"]
+
+
+def test_a_wrong_network_is_seen():
+    model = load("float32")
+    right = precision.log_probabilities(model, Runtime(fast=False), 24, 8)
+    assert right.shape == (16, model.config.vocab_size)
+    assert torch.equal(right, precision.log_probabilities(model, Runtime(fast=False), 24, 8))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_norm.weight.mul_(1.5)
+    wrong = precision.log_probabilities(model, Runtime(fast=False), 24, 8)
+    assert (wrong - right).abs().mean() > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fast_bfloat16_is_as_near_to_float32_as_plain_bfloat16():
+    rows = precision.differences(precision.random_model("sdar-8b", torch.device("cuda"), torch.bfloat16), 512, 16)
+    assert rows["fast"]["mean"] <= precision.TOLERANCE * rows["plain"]["mean"]
