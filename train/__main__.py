@@ -2,6 +2,7 @@
 
     python -m train SDAR --seconds 100 --out SDAR/tiny     train on a GPU, write a Hugging Face folder
     python -m train SDAR --steps 3 --size smoke --out DIR  prove that it runs, on any machine
+    python -m train Fast-dLLM-v2 --seconds 150 --out Fast-dLLM-v2/tiny
     python -m train tokenizer --out DIR                    the shared tokenizer alone
     python -m train probe --model DIR --run_code           greedy scores on held-out problems
 
@@ -30,17 +31,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{SDAR,tokenizer,probe}")
-    family = commands.add_parser("SDAR", help="train an SDAR checkpoint by block diffusion", allow_abbrev=False)
-    family.add_argument("--out", type=Path, required=True, help="folder to write")
-    family.add_argument("--seconds", type=float, help="stop after this much training")
-    family.add_argument("--steps", type=int, help="stop after this many steps")
-    family.add_argument("--size", default="tiny", help="smoke, small, tiny (the shipped one) or medium")
-    family.add_argument("--batch_tokens", type=int, default=24_576, help="padded tokens a step")
-    family.add_argument("--workers", type=int, default=0, help="processes that generate problems (0: none beside this)")
-    family.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    family.add_argument("--seed", type=int, default=0)
-    family.add_argument("--device", default="auto")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{SDAR,Fast-dLLM-v2,tokenizer,probe}")
+    for name, objective in (("SDAR", "block diffusion"), ("Fast-dLLM-v2", "shifted block diffusion")):
+        family = commands.add_parser(name, help=f"train a checkpoint by {objective}", allow_abbrev=False)
+        family.add_argument("--out", type=Path, required=True, help="folder to write")
+        family.add_argument("--seconds", type=float, help="stop after this much training")
+        family.add_argument("--steps", type=int, help="stop after this many steps")
+        family.add_argument("--size", default="tiny", help="smoke, small, tiny (the shipped one) or medium")
+        family.add_argument("--batch_tokens", type=int, default=24_576, help="padded tokens a step")
+        family.add_argument(
+            "--workers", type=int, default=0, help="processes that generate problems (0: none beside this)"
+        )
+        family.add_argument("--compile", action="store_true", help="torch.compile the layers")
+        family.add_argument("--seed", type=int, default=0)
+        family.add_argument("--device", default="auto")
     tokenizer = commands.add_parser("tokenizer", help="build the shared tokenizer", allow_abbrev=False)
     tokenizer.add_argument("--out", type=Path, required=True, help="folder to write")
     probe = commands.add_parser("probe", help="scores of a checkpoint on held-out problems", allow_abbrev=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
 from sdar import SDARForCausalLM
 from shared.loading import load_tokenizer
 from tests.train.shipped import TINY
@@ -81,28 +82,22 @@ def test_muon_solves_a_linear_problem():
     assert losses[-1] < losses[0] / 100
 
 
-def test_smoke_run_writes_a_checkpoint(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("family", "model_class", "start"),
+    [("SDAR", SDARForCausalLM, 6.93), ("Fast-dLLM-v2", Fast_dLLM_QwenForCausalLM, 2 * 6.93)],
+    ids=["SDAR", "Fast-dLLM-v2"],
+)
+def test_smoke_run_writes_a_checkpoint(tmp_path, capsys, family, model_class, start):
+    """``start``: ln 1024 for each part of the loss."""
     out = tmp_path / "model"
-    command = [
-        "SDAR",
-        "--steps",
-        "3",
-        "--size",
-        "smoke",
-        "--batch_tokens",
-        "1024",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
+    command = [*f"{family} --steps 3 --size smoke --batch_tokens 1024 --device cpu --out".split(), str(out)]
     assert main(command) == 0
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["steps"] == 3
-    assert last["loss"] == pytest.approx(6.93, abs=0.3), "ln 1024 at the start"
-    model, tokenizer = SDARForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert last["loss"] == pytest.approx(start, abs=0.6)
+    model, tokenizer = model_class.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "sdar"
+    assert config["model_type"] == model_class.config_class.model_type
     assert config["torch_dtype"] == "bfloat16"
     assert config["vocab_size"] == len(tokenizer)
     assert config["mask_token_id"] == tokenizer.mask_token_id
