@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM
 from shared.errors import UserError, unknown_name
+from shared.loading import CheckpointModel
 from train.attention import fused_attention
+from train.balance import LoadBalance
 from train.block_diffusion import BlockDiffusion
-from train.data import batches
-from train.loop import Outcome, fit
+from train.data import Batch, batches
+from train.editing import EditedBlockDiffusion
+from train.loop import Objective, Outcome, fit
 from train.tasks import WEIGHTS
 from train.tokenizer import TURN_END, build_tokenizer, save_tokenizer
 
@@ -24,6 +29,13 @@ SIZES = {
     "small": (128, 352, 4, 4, 2),
     "tiny": (192, 512, 5, 6, 3),
     "medium": (256, 704, 8, 8, 4),
+}
+# The same for LLaDA2, then experts and the width of one. The first layer is dense; two experts a token, half of four groups, one shared expert.
+EXPERT_SIZES = {
+    "smoke": (32, 64, 2, 2, 1, 8, 16),
+    "small": (96, 256, 4, 3, 1, 8, 48),
+    "tiny": (160, 400, 5, 6, 3, 8, 80),
+    "medium": (256, 704, 8, 8, 4, 16, 96),
 }
 HEAD_DIM = 32
 POSITIONS = 2048
@@ -76,19 +88,48 @@ def sdar_config(size: str, tokenizer: PreTrainedTokenizerFast) -> SDARConfig:
     )
 
 
-def new_model(config: SDARConfig, seed: int) -> SDARForCausalLM:
+def llada2_config(size: str, tokenizer: PreTrainedTokenizerFast) -> LLaDA2MoeConfig:
+    """The LLaDA2 architecture at a few million parameters."""
+    hidden, feed_forward, layers, heads, kv_heads, experts, width = EXPERT_SIZES[size]
+    return LLaDA2MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        use_bias=False,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=POSITIONS,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        moe_intermediate_size=width,
+        first_k_dense_replace=1,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.0,
+        block_size=BLOCK_SIZE,
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LLaDA2MoeModelLM"],
+    )
+
+
+def initialise(model: CheckpointModel, seed: int) -> CheckpointModel:
     """Matrices from a normal of deviation `initializer_range`, norms at one."""
-    model = SDARForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, config.initializer_range, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, model.config.initializer_range, generator=generator)
     return model
 
 
-def save(model: SDARForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """The checkpoint as `SDARForCausalLM.from_pretrained` and `AutoTokenizer` read it, weights in bfloat16."""
+def save(model: CheckpointModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """The checkpoint as the family's ``from_pretrained`` and `AutoTokenizer` read it, weights in bfloat16."""
     model.save_pretrained(folder, dtype=torch.bfloat16)
     save_tokenizer(tokenizer, folder)
     stop = [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id]
@@ -96,19 +137,40 @@ def save(model: SDARForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pat
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
-def train_sdar(recipe: Recipe, folder: Path, device: torch.device) -> Outcome:
-    """Train an SDAR checkpoint by block diffusion and write it to ``folder``."""
-    tokenizer = build_tokenizer()
-    model = new_model(sdar_config(recipe.size, tokenizer), recipe.seed).to(device)
+def train(
+    model: CheckpointModel, objective: Objective, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, folder: Path
+) -> Outcome:
+    """Train ``model`` and write it to ``folder``."""
     if recipe.compile:
+        # A graph for each width of batch, kind of layer, and whether gradients are wanted.
+        torch._dynamo.config.recompile_limit = 64
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     stream = batches(tokenizer, WEIGHTS, batch_tokens=recipe.batch_tokens, seed=recipe.seed, workers=recipe.workers)
-    objective = BlockDiffusion(tokenizer.mask_token_id, recipe.seed, device)
     with fused_attention(model):
         outcome = fit(model, objective, stream, seconds=recipe.seconds, steps=recipe.steps)
     save(model, tokenizer, folder)
     return outcome
 
 
-FAMILIES = {"SDAR": train_sdar}
+def train_sdar(recipe: Recipe, folder: Path, device: torch.device) -> Outcome:
+    """An SDAR checkpoint, by block diffusion."""
+    tokenizer = build_tokenizer()
+    model = initialise(SDARForCausalLM(sdar_config(recipe.size, tokenizer)), recipe.seed).to(device)
+    return train(model, BlockDiffusion(tokenizer.mask_token_id, recipe.seed, device), tokenizer, recipe, folder)
+
+
+def train_llada2(recipe: Recipe, folder: Path, device: torch.device) -> Outcome:
+    """A LLaDA2 checkpoint, by block diffusion with token editing; the load of its experts is kept even."""
+    tokenizer = build_tokenizer()
+    model = initialise(LLaDA2MoeModelLM(llada2_config(recipe.size, tokenizer)), recipe.seed).to(device)
+    diffusion, balance = EditedBlockDiffusion(tokenizer.mask_token_id, recipe.seed, device), LoadBalance(model)
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        balance.step()
+        return diffusion(model, batch)
+
+    return train(model, objective, tokenizer, recipe, folder)
+
+
+FAMILIES = {"SDAR": train_sdar, "LLaDA2": train_llada2}
