@@ -15,7 +15,10 @@ def rotary_tables(position_ids: Tensor, dim: int, theta: float, dtype: torch.dty
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x [B, H, T, D]``; pairs are ``(i, i + D/2)``."""
-    half = x.shape[-1] // 2
+    """Rotate the first ``d`` channels of ``x [B, H, T, D]``, ``d`` being the width of the tables; pairs are ``(i, i + d/2)``."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)
+    half = width // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin

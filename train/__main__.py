@@ -1,6 +1,7 @@
 """Train the tiny checkpoints.
 
     python -m train SDAR --seconds 100 --out SDAR/tiny     train on a GPU, write a Hugging Face folder
+    python -m train LLaDA2 --seconds 100 --out DIR         the same for LLaDA2
     python -m train SDAR --steps 3 --size smoke --out DIR  prove that it runs, on any machine
     python -m train Fast-dLLM-v2 --seconds 150 --out Fast-dLLM-v2/tiny
     python -m train tokenizer --out DIR                    the shared tokenizer alone
@@ -16,8 +17,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig
+
 from shared.errors import UserError
-from shared.loading import load_tokenizer, resolve_device
+from shared.loading import CheckpointModel, checkpoint_folder, load_tokenizer, resolve_device
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,8 +35,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{SDAR,Fast-dLLM-v2,tokenizer,probe}")
-    for name, objective in (("SDAR", "block diffusion"), ("Fast-dLLM-v2", "shifted block diffusion")):
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{SDAR,LLaDA2,Fast-dLLM-v2,tokenizer,probe}"
+    )
+    for name, objective in (
+        ("SDAR", "block diffusion"),
+        ("LLaDA2", "block diffusion with token editing"),
+        ("Fast-dLLM-v2", "shifted block diffusion"),
+    ):
         family = commands.add_parser(name, help=f"train a checkpoint by {objective}", allow_abbrev=False)
         family.add_argument("--out", type=Path, required=True, help="folder to write")
         family.add_argument("--seconds", type=float, help="stop after this much training")
@@ -75,11 +85,20 @@ def run_tokenizer(args: argparse.Namespace) -> dict:
     return {"out": str(args.out), "vocab_size": len(tokenizer)}
 
 
-def run_probe(args: argparse.Namespace) -> dict:
+def load_model(path: str, device: torch.device) -> CheckpointModel:
+    """The checkpoint in float32, in the class of its own family."""
+    from llada2 import LLaDA2MoeModelLM
     from sdar import SDARForCausalLM
+
+    found = AutoConfig.from_pretrained(checkpoint_folder(path)).model_type
+    kinds = {kind.config_class.model_type: kind for kind in (SDARForCausalLM, LLaDA2MoeModelLM)}
+    return kinds.get(found, SDARForCausalLM).from_pretrained(path, dtype="float32", device=device)
+
+
+def run_probe(args: argparse.Namespace) -> dict:
     from train.probe import probe, table
 
-    model = SDARForCausalLM.from_pretrained(args.model, dtype="float32", device=resolve_device(args.device))
+    model = load_model(args.model, resolve_device(args.device))
     rows = probe(model, load_tokenizer(args.model), count=args.count, seed=args.seed, run_code=args.run_code)
     print(table(rows))
     return {"model": args.model, "count": args.count, "seed": args.seed, "rows": rows}

@@ -60,17 +60,25 @@ class BlockDiffusion:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the masked positions of the noisy copy."""
+        block_length, mask = self.draw(batch)
+        noisy, masked = add_noise(batch, block_length, self.mask_id, self.generator)
+        return self.loss(self.logits(model, batch, noisy, mask), batch.tokens, masked)
+
+    def draw(self, batch: Batch) -> tuple[int, Tensor]:
+        """The batch's block length and its two-copy mask."""
         block_length = self.random.choices(list(BLOCK_WEIGHTS), list(BLOCK_WEIGHTS.values()))[0]
         causal_clean = self.random.random() < 0.5
-        length, device = batch.tokens.shape[1], batch.tokens.device
-        noisy, masked = add_noise(batch, block_length, self.mask_id, self.generator)
-        positions = torch.arange(length, device=device).repeat(2).expand(len(noisy), -1)
-        logits = model(
-            torch.cat([noisy, batch.tokens], 1),
-            positions,
-            None,
-            two_copy_train(length, block_length, causal_clean, device),
-            logits_at=slice(0, length),
+        return block_length, two_copy_train(batch.tokens.shape[1], block_length, causal_clean, batch.tokens.device)
+
+    def logits(self, model: nn.Module, batch: Batch, noisy: Tensor, mask: Tensor) -> Tensor:
+        """``[B, T, V]``: what the model says at each position of the noisy copy."""
+        length = batch.tokens.shape[1]
+        positions = torch.arange(length, device=noisy.device).repeat(2).expand(len(noisy), -1)
+        return model(torch.cat([noisy, batch.tokens], 1), positions, None, mask, logits_at=slice(0, length))
+
+    def loss(self, logits: Tensor, tokens: Tensor, learned: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of ``logits [B, T, V]`` with ``tokens [B, T]`` where ``learned [B, T]``."""
+        target = tokens.masked_fill(~learned, IGNORED)
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction=reduction
         )
-        target = batch.tokens.masked_fill(~masked, IGNORED)
-        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=IGNORED)

@@ -25,7 +25,10 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised. Parameters of one shape are stacked and updated together."""
+    """Momentum whose update is orthogonalised. Parameters of one shape are stacked and updated together.
+
+    A parameter of three dimensions is a stack of matrices (the experts of a layer), each orthogonalised alone.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float = MUON_LR, momentum: float = 0.95):
         shapes = defaultdict(list)
@@ -43,15 +46,20 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(gradients)
             average = state["momentum"].lerp_(gradients, 1 - momentum)
             update = gradients.lerp(average, momentum)
-            rows, columns = update.shape[1:]
-            update = orthogonalise(update) if rows <= columns else orthogonalise(update.mT).mT
+            rows, columns = update.shape[-2:]
+            flat = update.flatten(0, -3)
+            flat = orthogonalise(flat) if rows <= columns else orthogonalise(flat.mT).mT
+            update = flat.view_as(update)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
             torch._foreach_add_(parameters, list(update.unbind()), alpha=-scale)
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon over the two-dimensional parameters of the layers, AdamW over embedding, head and norms."""
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    """Muon over the matrices of the layers, AdamW over embedding, head, norms and routers."""
+    routers = ".mlp.gate.weight"
+    matrices = [
+        p for name, p in model.named_parameters() if ".layers." in name and p.ndim >= 2 and not name.endswith(routers)
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     adam = torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=rest[0].is_cuda)

@@ -58,3 +58,11 @@ def test_angles_are_computed_in_float32():
     """bfloat16 positions would round 4097 to 4096."""
     far = [rotary_tables(torch.tensor([[p]]), 8, 1e4, torch.bfloat16)[0] for p in (4096, 4097)]
     assert not torch.equal(*far)
+
+
+def test_channels_past_the_tables_pass_through():
+    x = vectors(0, 12)[0]
+    tables = rotary_tables(torch.tensor([[5]]), 8, 1e4, torch.float32)
+    got = rotate(x.view(1, 1, 1, 12), *tables)[0, 0, 0]
+    assert torch.equal(got[8:], x[8:])
+    assert torch.equal(got[:8], rotate(x[:8].view(1, 1, 1, 8), *tables)[0, 0, 0])
