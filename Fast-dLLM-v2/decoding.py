@@ -109,7 +109,7 @@ def decode(
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     done: dict[int, Completion] = {}
     while run.batch.waiting or run.batch.active:
-        ended = prefill(run)
+        ended = prefill(run, on_block)
         rows = [i for i in run.batch.active if i not in ended]
         if rows:
             draft = propose(run, rows)
@@ -174,7 +174,7 @@ def resolve(model: Fast_dLLM_QwenForCausalLM, options: StandardOptions, tokenize
     return replace(options, blocks=blocks)
 
 
-def prefill(run: Run) -> list[int]:
+def prefill(run: Run, on_block) -> list[int]:
     """Admit waiting prompts and encode their whole blocks, all in one forward; returns the rows that are finished already.
 
     A prompt of whole blocks also gets its first token from that forward.
@@ -201,7 +201,11 @@ def prefill(run: Run) -> list[int]:
         run.prefill_seconds += time.perf_counter() - began
         whole = [k for k, i in enumerate(encoded) if len(batch.rows[i].prompt) == encoded[i]]
         filled = batch.put_next([list(encoded)[k] for k in whole], token[whole])
-        ended = settle(run, filled, None)
+        if on_block:
+            for f in filled:
+                if f.last:
+                    on_block(batch.rows[f.row].request, batch.new_tokens(f.row, run.options.blocks))
+        ended = [f.row for f in filled if f.last] + settle(run, [f for f in filled if not f.last], on_block)
     else:
         ended = []
     return ended + [i for i in rows if i not in ended and batch.rows[i].start >= batch.rows[i].total]
@@ -319,33 +323,46 @@ def unmask(run: Run, draft: Draft, choice: Choice) -> None:
 
 
 def settle(run: Run, finished: list[Finished], on_block) -> list[int]:
-    """Move the rows of finished small blocks on, committing blocks at their ends; returns the rows whose text has ended."""
-    batch, savings, ended = run.batch, run.options.savings, []
+    """Move the rows of finished small blocks on, committing blocks at their ends; returns the rows whose text has ended.
+
+    The token after a commit may complete a small block of one, so this repeats until no row is complete.
+    """
+    batch, blocks, ended = run.batch, run.options.blocks, []
     while finished:
         if on_block:
             for f in finished:
-                on_block(batch.rows[f.row].request, batch.new_tokens(f.row, run.options.blocks))
-        ends = [f for f in finished if (batch.rows[f.row].start + batch.block_length) % batch.window == 0]
-        keep = [f for f in ends if not f.stopped and not (f.last and savings.skip_last_commit)]
-        token = commit(run, keep)
-        over = [f.row for f in finished if f.last]
-        ended += [i for i in over if not (run.options.blocks.round_to_blocks and i in [f.row for f in keep])]
-        batch.advance([f.row for f in finished if not f.last or f.row not in ended])
-        wanted = [k for k, f in enumerate(keep) if f.row not in ended]
-        for f in keep:
-            batch.rows[f.row].block_cached = False
-        run.causal_rows[[f.row for f in keep]] = 0
-        moved = [f for f in finished if not f.last and f not in keep]
-        finished = batch.put_next([keep[k].row for k in wanted], token[wanted]) if wanted else []
-        ended += [f.row for f in finished if f.last]
+                on_block(batch.rows[f.row].request, batch.new_tokens(f.row, blocks))
+        keep = [f for f in finished if at_block_end(run, f) and wants_commit(run, f)]
+        token, kept = commit(run, keep), [f.row for f in keep]
+        # The published length has one token after the last block.
+        over = [f.row for f in finished if f.last and not (blocks.round_to_blocks and f.row in kept)]
+        batch.advance([f.row for f in finished if f.row not in over])
+        follow = [k for k, row in enumerate(kept) if row not in over]
+        finished = batch.put_next([kept[k] for k in follow], token[follow])
+        if on_block:
+            for f in finished:
+                if f.last:
+                    on_block(batch.rows[f.row].request, batch.new_tokens(f.row, blocks))
+        ended += over + [f.row for f in finished if f.last]
         finished = [f for f in finished if not f.last]
-        assert not any(batch.rows[f.row].start >= batch.rows[f.row].total for f in moved)
     return ended
+
+
+def at_block_end(run: Run, finished: Finished) -> bool:
+    """Is this small block the last of its block?"""
+    return (run.batch.rows[finished.row].start + run.batch.block_length) % run.batch.window == 0
+
+
+def wants_commit(run: Run, finished: Finished) -> bool:
+    """Will anything read this block's keys, or is the commit asked for anyway? A text that stopped never is committed."""
+    return not finished.stopped and not (finished.last and run.options.savings.skip_last_commit)
 
 
 def commit(run: Run, keep: list[Finished]) -> Tensor:
     """Keep the keys and values of finished blocks, by a forward of the final tokens unless a verify was one; the tokens that follow, ``[k]``."""
     batch, length = run.batch, run.batch.window
+    if not keep:
+        return run.next_token[:0]
     token = torch.zeros(len(keep), dtype=torch.long, device=run.next_token.device)
     now = []
     for k, f in enumerate(keep):
@@ -359,7 +376,11 @@ def commit(run: Run, keep: list[Finished]) -> Tensor:
         mask = masks.token_causal(length, ids.device) if run.cache_options.cache_ver else None
         at = torch.full_like(ids[:, :1], length - 1)
         token[now] = run.forward("commit", rows, ids, positions, mask, at)[:, 0].argmax(-1)
-    run.engine.cache.commit([length] * len(keep), [f.row for f in keep])
+    rows = [f.row for f in keep]
+    run.engine.cache.commit([length] * len(rows), rows)
+    run.causal_rows[rows] = 0
+    for i in rows:
+        batch.rows[i].block_cached = False
     return token
 
 

@@ -148,6 +148,13 @@ PRESETS = {
     },
 }
 
+# `ssd` has one policy.
+SSD_PRESETS = {
+    "tiny": {**PRESETS["tiny"], "do_verify_policy": "mask_span_length", "min_ssd_span_length": 1},
+    "published": PUBLISHED,
+    "paper-c": PRESETS["paper-c"],
+}
+
 DEFAULT_PROMPT = (
     "Write a python function to remove first and last occurrence of a given character from the string. "
     "Your code should pass these tests: assert remove_Occ('hello','l') == 'heo'"

@@ -16,6 +16,7 @@ class Rows(Batch):
     """``block_length`` is the small block's; ``window`` is the length of the block around it."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], blocks: Blocks, **common):
+        self._ends: dict[int, int] = {}  # of texts that ended with the token after a block
         self.window, self.rounded = blocks.block_length, blocks.round_to_blocks
         super().__init__(
             prompts,
@@ -75,6 +76,8 @@ class Rows(Batch):
             row = self.rows[i]
             row.iterations += 1
             last = token in self.stop_ids or row.start >= self._text_end(i) - 1
+            if last:
+                self._ends[i] = row.start + 1
             if last or self.block_length == 1:
                 finished.append(Finished(i, last, 0, token in self.stop_ids))
         return finished
@@ -94,9 +97,10 @@ class Rows(Batch):
         first, end = max(row.start, len(row.prompt)), min(row.start + self.block_length, self._text_end(i))
         return self._known(self.tokens[i].tolist(), first, end)
 
-    def _end(self, row: Row) -> int:
-        end = row.start + self.block_length
-        return end if row.start < row.total else max(len(row.prompt), row.total) + (row.iterations > 0)
+    def _end(self, i: int) -> int:
+        row = self.rows[i]
+        undecided = len(row.prompt) if row.start >= row.total else row.start + self.block_length
+        return self._ends.pop(i, undecided)
 
     def _returned(self, ids: list[int], row: Row, end: int, blocks: Blocks) -> list[int]:
         tokens = self._known(ids, len(row.prompt), end)

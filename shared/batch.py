@@ -222,9 +222,9 @@ class Batch:
         first = max(row.start, len(row.prompt))
         return self.tokens[i, first : min(row.start + self.block_length, len(row.prompt) + limit)].tolist()
 
-    def _end(self, row: Row) -> int:
-        """Up to where a finished text's trace runs."""
-        return row.start + self.block_length
+    def _end(self, i: int) -> int:
+        """Up to where the trace of a finished text runs."""
+        return self.rows[i].start + self.block_length
 
     def _returned(self, ids: list[int], row: Row, end: int, blocks: Blocks) -> list[int]:
         """The tokens a text gives back, of a canvas that is decided up to ``end``."""
@@ -238,7 +238,7 @@ class Batch:
 
     def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
         """Take row ``i``'s finished text off the batch (device reads, once a text)."""
-        row, end = self.rows[i], self._end(self.rows[i])
+        row, end = self.rows[i], self._end(i)
         self.rows[i] = None
         ids = self.tokens[i].tolist()
         used, exist = int(self.uniforms.cursor[i]), self.uniforms.available(row.position)
