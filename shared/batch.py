@@ -38,6 +38,7 @@ class Row:
     step: int = 0  # iterations spent in the current block
     iterations: int = 0
     uncommitted: bool = False  # the block before the current one still has to be committed
+    block_cached: bool = False  # the cache holds keys of the whole current block, written by a draft
     forwards: Counter = field(default_factory=Counter)
 
     @property
@@ -48,11 +49,12 @@ class Row:
 
 class Finished(NamedTuple):
     """A row whose block has no masks left. ``last``: the text ends with it. ``verified_to``: how many of its tokens, in their final form, this
-    step's verify forward was conditioned on (0: none, or not in their final form)."""
+    step's verify forward was conditioned on (0: none, or not in their final form). ``stopped``: a stop token is why it ends."""
 
     row: int
     last: bool
     verified_to: int
+    stopped: bool = False
 
 
 class Batch:
@@ -78,7 +80,7 @@ class Batch:
         self.waiting = deque(zip(range(len(prompts)), requests, map(list, prompts), strict=True))
         self.rows: list[Row | None] = [None] * rows
         self.forwards: Counter = Counter()
-        self.capacity = max(self._total(len(p)) for p in prompts)
+        self.capacity = self._capacity(prompts)
         iterations = 2 * steps * (max_new_tokens // block_length + 2)
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
         self.tokens = zeros(rows, self.capacity)
@@ -98,6 +100,9 @@ class Batch:
 
     def _total(self, prompt_length: int) -> int:
         return -(-(prompt_length + self.max_new_tokens) // self.block_length) * self.block_length
+
+    def _capacity(self, prompts: Sequence[Sequence[int]]) -> int:
+        return max(self._total(len(p)) for p in prompts)
 
     @property
     def active(self) -> list[int]:
@@ -174,12 +179,16 @@ class Batch:
         self.iteration[index] += 1
         self.step[index] += 1
         self.decoded[index] += choice.count
-        left = (block == self.mask_id).sum(-1)
-        stop = (torch.isin(block, self._stops) & (positions >= self.prompt_length[index][:, None])).any(-1)
+        stops = torch.isin(block, self._stops) & (positions >= self.prompt_length[index][:, None])
+        left, stop = self._left(block, stops), stops.any(-1)
         broken = ~torch.isfinite(draft.confidence).all(-1) * 1 + ~finite * 2
         as_drafted = ~(take & (choice.tokens != draft.tokens)).any(-1)
         packed = torch.stack([left, stop.long(), broken, reach * as_drafted], 1)
         return self._settle(rows, packed.tolist())
+
+    def _left(self, block: Tensor, stops: Tensor) -> Tensor:
+        """``[b]``: positions still to be decided before a block is finished. ``stops [b, L]``: generated stop tokens."""
+        return (block == self.mask_id).sum(-1)
 
     def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
         finished = []
@@ -192,7 +201,7 @@ class Batch:
                 raise FloatingPointError(f"{row.where}: the {which} logits hold NaN or infinity")
             if left == 0:
                 last = bool(stop) or row.start + self.block_length >= row.total
-                finished.append(Finished(i, last, verified_to))
+                finished.append(Finished(i, last, verified_to, bool(stop)))
             elif row.step >= 2 * self.steps:
                 raise RuntimeError(
                     f"{row.where}: {left} positions still masked after twice the {self.steps} denoising steps"
@@ -215,21 +224,30 @@ class Batch:
         first = max(row.start, len(row.prompt))
         return self.tokens[i, first : min(row.start + self.block_length, len(row.prompt) + limit)].tolist()
 
+    def _end(self, i: int) -> int:
+        """Up to where the trace of a finished text runs."""
+        return self.rows[i].start + self.block_length
+
+    def _returned(self, ids: list[int], row: Row, end: int, blocks: Blocks) -> list[int]:
+        """The tokens a text gives back, of a canvas that is decided up to ``end``."""
+        length, whole, trim = len(row.prompt), blocks.round_to_blocks, blocks.trim_stop_tokens
+        tokens = ids[length : row.total] if whole and not trim else ids[length:end]
+        if not whole:
+            tokens = tokens[: self.max_new_tokens]
+        if trim:
+            tokens = tokens[: next((k for k, t in enumerate(tokens) if t in self.stop_ids), len(tokens))]
+        return tokens
+
     def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
         """Take row ``i``'s finished text off the batch (device reads, once a text)."""
-        row, end = self.rows[i], self.rows[i].start + self.block_length
+        row, end = self.rows[i], self._end(i)
         self.rows[i] = None
         ids = self.tokens[i].tolist()
         used, exist = int(self.uniforms.cursor[i]), self.uniforms.available(row.position)
         if used > exist:
             raise RuntimeError(f"request {row.request} used {used} uniforms, only {exist} exist")
         length = len(row.prompt)
-        whole, trim = blocks.round_to_blocks, blocks.trim_stop_tokens
-        tokens = ids[length : row.total] if whole and not trim else ids[length:end]
-        if not whole:
-            tokens = tokens[: self.max_new_tokens]
-        if trim:
-            tokens = tokens[: next((k for k, t in enumerate(tokens) if t in self.stop_ids), len(tokens))]
+        tokens = self._returned(ids, row, end, blocks)
         step_of, how_of, rank_of = self.history[i, :, :end].tolist()
         verified, accepted = self.spans[i, :, : row.iterations].tolist()
         trace = Trace(

@@ -24,6 +24,7 @@ class How(IntEnum):
     KEPT = 5  # the rejected draft itself (allow_resample off)
     RATIO = 6  # a later draft whose acceptance ratio passed ssd_ratio_threshold
     CONFIDENT = 7  # a draft above confidence_threshold (always_check_high_confidence)
+    NEXT = 8  # the token that follows a committed block, where the network predicts the next token
 
 
 @dataclass(frozen=True)

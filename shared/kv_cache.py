@@ -76,7 +76,7 @@ class BlockCache:
         rows: Sequence[int] | None = None,
         *,
         ahead: Sequence[int] | None = None,
-        offset: int = 0,
+        offset: int | Sequence[int] = 0,
         width: int | None = None,
     ) -> Window:
         """Where one forward over ``tokens`` tokens of ``rows`` writes and what it sees. See `Window`."""
@@ -89,7 +89,7 @@ class Window:
 
     Entry ``i`` belongs to row ``rows[i]`` and has the prefix ``[0, length + ahead[i])``. It writes at ``[prefix + offset, prefix + offset + tokens)``
     and attends to its prefix plus the local slots ``[prefix, prefix + width)``; ``width`` is ``offset + tokens`` unless a sub-block
-    decoder keeps its whole block visible. ``ahead`` is for two entries of one row in one forward: in every layer all keys are written before any
+    decoder keeps its whole block visible (``offset`` may then differ per entry). ``ahead`` is for two entries of one row in one forward: in every layer all keys are written before any
     query looks, so an entry with ``ahead = L`` sees the block that another entry of its row is writing at ``ahead = 0``.
     """
 
@@ -99,18 +99,19 @@ class Window:
         tokens: int,
         rows: Sequence[int],
         ahead: Sequence[int],
-        offset: int,
+        offset: int | Sequence[int],
         width: int | None,
     ):
         self.cache, self.tokens = cache, tokens
-        self.width = offset + tokens if width is None else width
-        if self.width < offset + tokens:
-            raise ValueError(f"width {self.width} does not hold {tokens} tokens at offset {offset}")
+        offsets = [offset] * len(rows) if isinstance(offset, int) else list(offset)
+        self.width = max(offsets) + tokens if width is None else width
+        if self.width < max(offsets) + tokens:
+            raise ValueError(f"width {self.width} does not hold {tokens} tokens at offset {max(offsets)}")
         prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
         everyone = list(rows) == list(range(len(cache.lengths)))
         self.row_index = cache.indices(rows)
         self.rows = None if everyone else self.row_index
-        self.offset = offset
+        self.offset = cache.indices(offsets)
         self.prefix = cache.length[self.row_index]
         if any(ahead):
             self.prefix = self.prefix + cache.indices(ahead)
@@ -118,13 +119,14 @@ class Window:
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:
             raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
-        self._first = prefixes[0] + offset if self.uniform and everyone else None
+        same_place = self.uniform and min(offsets) == max(offsets)
+        self._first = prefixes[0] + offsets[0] if same_place and everyone else None
         self._mask: tuple[Tensor | None, Tensor | None] | None = None
 
     @cached_property
     def _slots(self) -> Tensor:
         """``[b, T]``: where the tokens of this forward are written."""
-        return self.prefix[:, None] + self.offset + torch.arange(self.tokens, device=self.prefix.device)
+        return (self.prefix + self.offset)[:, None] + torch.arange(self.tokens, device=self.prefix.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, H_kv, T, D]`` for this layer; return all keys and values in reach, ``[b, H_kv, extent, D]``."""

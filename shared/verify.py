@@ -96,13 +96,16 @@ def judge(
     return Verdict(accepted, rejected, replacement, ratio, finite)
 
 
-def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance) -> Choice:
-    """The tokens a verified step decodes: the accepted prefix, the first rejected position, and the ratio side door if it is open."""
+def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance, *, keep_rejected: bool = True) -> Choice:
+    """The tokens a verified step decodes: the accepted prefix, the first rejected position, and the ratio side door if it is open.
+
+    Without a replacement the rejected draft is kept, or stays masked unless ``keep_rejected``.
+    """
     choice = Choice.none(draft)
     place = torch.arange(draft.tokens.shape[1], device=draft.tokens.device).expand_as(draft.tokens)
     choice.add(verdict.accepted, draft.tokens, How.ACCEPTED, place)
     if verdict.replacement is None:
-        choice.add(verdict.rejected, draft.tokens, How.KEPT, place)
+        choice.add(verdict.rejected & keep_rejected, draft.tokens, How.KEPT, place)
     else:
         choice.add(verdict.rejected, verdict.replacement, How.RESAMPLED, place)
     if options.ssd_ratio_threshold >= 0:
@@ -120,7 +123,7 @@ def take_confident(choice: Choice, draft: Draft, options: Unmask) -> None:
 def losslessness(options) -> Lossless:
     """Whether ``options`` make a self-speculative decoder follow block-size-one decoding exactly, and the reason.
 
-    ``options`` has the groups ``sampling, blocks`` (resolved), ``acceptance, routing, cache``.
+    ``options`` has the groups ``sampling, blocks`` (resolved), ``acceptance, routing, cache``. Without ``denoising_steps`` a step has no quota to fill.
     """
     acceptance, routing = options.acceptance, options.routing
     broken = {
@@ -130,7 +133,7 @@ def losslessness(options) -> Lossless:
             or (routing.do_verify_policy == "mask_span_length" and routing.min_ssd_span_length == 1)
         ),
         "fewer denoising_steps than block_length add unverified tokens": (
-            options.blocks.denoising_steps < options.blocks.block_length
+            getattr(options.blocks, "denoising_steps", options.blocks.block_length) < options.blocks.block_length
         ),
         "ssd_ratio_threshold takes tokens past a rejection": acceptance.ssd_ratio_threshold >= 0,
         "always_check_high_confidence takes unverified tokens": acceptance.always_check_high_confidence,

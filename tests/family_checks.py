@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,7 @@ class Family:
     reference: Callable
     plain: str = "plain"
     speculative: str = "speculative"
+    one: dict = field(default_factory=lambda: {"block_length": 1, "denoising_steps": 1})  # block size one, as keywords
 
     def run(self, decoder: str, prompts: list[list[int]], flat: dict, **call):
         return self.decoders[decoder][0](self.model, prompts, **flat, **call)
@@ -89,7 +90,7 @@ def check_exact_greedy_is_block_size_one(family: Family, flat: dict, prompts: li
     lossless = {"acceptance": "exact", "do_verify_policy": "always", "cache_ver": True}
     fast = family.run(family.speculative, prompts, {**flat, **lossless}, seed=1)
     again = family.run(family.speculative, prompts, {**flat, **lossless}, seed=2)
-    one = family.run(family.plain, prompts, {**flat, "block_length": 1, "denoising_steps": 1})
+    one = family.run(family.plain, prompts, {**flat, **family.one})
     assert fast.lossless
     assert fast.tokens == one.tokens
     assert again.tokens == one.tokens, "exact greedy decoding ignores the seed"

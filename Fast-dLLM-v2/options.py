@@ -1,0 +1,167 @@
+"""Decode options of the Fast-dLLM v2 family and the settings of the papers, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.errors import UserError
+from shared.options import Acceptance, Bandit, Estimation, FlatOptions, Routing, Runtime, Sampling, check, option
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    block_length: int | None = option(None, "tokens committed together; default: the checkpoint's bd_size", low=1)
+    small_block_length: int | None = option(
+        None,
+        "tokens drafted together, a divisor of block_length; default: 8, or block_length where 8 does not divide it",
+        low=1,
+    )
+    max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
+    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer", low=0)
+    stopping_criteria_idx: tuple[int, ...] | None = option(
+        None, "token ids that end the text; default: generation config, then config, then tokenizer"
+    )
+    trim_stop_tokens: bool = option(True, "cut the output before the first stop token, not after it")
+    round_to_blocks: bool = option(
+        False, "max_new_tokens // block_length blocks from the prompt's on, and one token (as published)"
+    )
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    confidence_threshold: float = option(0.9, "every draft above this confidence is taken", low=0.0, high=1.0)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCache:
+    use_block_cache: bool = option(
+        False, "draft a small block on cached keys of the whole block, refreshed when it begins"
+    )
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Switches that change how many forwards a text costs, never the text."""
+
+    skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class StandardOptions(FlatOptions):
+    """Blocks, sub-blocks and a threshold (``fast``)."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    blocks: Blocks = field(default_factory=Blocks)
+    unmask: Threshold = field(default_factory=Threshold)
+    block_cache: BlockCache = field(default_factory=BlockCache)
+    savings: Savings = field(default_factory=Savings)
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    cache_ver: bool = option(False, "commit blocks token-causally, so that cached keys are the verifier's own")
+    draft_ver: bool = option(False, "known tokens of the block attend causally while drafting")
+    draft_ver_rows: str = option(
+        "block", "count draft_ver's known tokens from the block's start, or (as published) the small_block's"
+    )
+    reuse_verify: bool = option(True, "with cache_ver, a verify that saw the final tokens of a block is its commit")
+    use_ssd_cache: bool = option(False, "accepted as false; the published code has no working cache of this name")
+
+    def __post_init__(self):
+        check(self)
+        if self.draft_ver_rows not in ("block", "small_block"):
+            raise UserError(f"draft_ver_rows is {self.draft_ver_rows!r}. Allowed: block, small_block")
+        if self.use_ssd_cache:
+            raise UserError(
+                "use_ssd_cache is True. Allowed: false; the published code fails with it, and there is no other definition"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Options(StandardOptions):
+    """S2D2 with the causal verifier (``ssd``, ``ssd_policy``)."""
+
+    routing: Routing = field(default_factory=Routing)
+    bandit: Bandit = field(default_factory=Bandit)
+    estimation: Estimation = field(default_factory=Estimation)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    cache: Cache = field(default_factory=Cache)
+
+
+# Every switch that makes a decode repeat the published code, forwards included.
+PLAIN_PUBLISHED = {
+    "suppress_mask": False,
+    "round_to_blocks": True,
+    "trim_stop_tokens": False,
+    "skip_last_commit": False,
+}
+PUBLISHED = {**PLAIN_PUBLISHED, "reuse_verify": False, "draft_ver_rows": "small_block"}
+
+_PAPER = {
+    "block_length": 32,
+    "confidence_threshold": 0.9,
+    "do_verify_policy": "score_hysteresis",
+    "hysteresis_threshold_on": 1.0,
+    "hysteresis_threshold_off": -5.0,
+    "do_verify_score_type": "difference_dynamic",
+    "score_penalty_coef": 1.0,
+    "token_acceptance_estimator": "soft_entropy_negexp",
+}
+_TINY = {
+    "block_length": 32,
+    "max_new_tokens": 256,
+    "confidence_threshold": 0.9,
+}
+
+PLAIN_PRESETS = {"tiny": {**_TINY, "small_block_length": 8}, "published": PLAIN_PUBLISHED}
+PRESETS = {
+    "tiny": {
+        **_TINY,
+        "small_block_length": 32,
+        "do_verify_policy": "always",
+        "acceptance": "exact",
+        "cache_ver": True,
+        "draft_ver": True,
+    },
+    "published": PUBLISHED,
+    "paper-a": {**_PAPER, "small_block_length": 4},
+    "paper-b": {**_PAPER, "small_block_length": 16},
+    "paper-c": {
+        "block_length": 32,
+        "small_block_length": 32,
+        "confidence_threshold": 0.9,
+        "do_verify_policy": "mask_span_length",
+        "min_ssd_span_length": 8,
+    },
+}
+
+# `ssd` has one policy.
+SSD_PRESETS = {
+    "tiny": {**PRESETS["tiny"], "do_verify_policy": "mask_span_length", "min_ssd_span_length": 1},
+    "published": PUBLISHED,
+    "paper-c": PRESETS["paper-c"],
+}
+
+DEFAULT_PROMPT = (
+    "Write a python function to remove first and last occurrence of a given character from the string. "
+    "Your code should pass these tests: assert remove_Occ('hello','l') == 'heo'"
+)
+
+
+def plain(options: Options) -> StandardOptions:
+    """The same settings without speculation."""
+    o = options
+    return StandardOptions(o.sampling, o.blocks, o.unmask, o.block_cache, o.savings, o.runtime)

@@ -1,0 +1,175 @@
+"""The family's proofs: exact acceptance, batches, the trace, stops, lengths, and what the published code gets wrong."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
+from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
+from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
+from fast_dllm_v2.modeling_fast import previous_row
+from fast_dllm_v2.options import Options, StandardOptions
+from shared.errors import UserError
+from tests import family_checks as checks
+
+NO_STOP = {"stopping_criteria_idx": (), "mask_id": 255}
+SMALL = {**NO_STOP, "block_length": 8, "small_block_length": 4, "max_new_tokens": 21, "confidence_threshold": 0.5}
+LOSSLESS = {"acceptance": "exact", "do_verify_policy": "always", "cache_ver": True}
+PROMPTS = [*checks.draw_prompts(6, high=30), list(range(8)), list(range(16))]
+
+
+@lru_cache(maxsize=1)
+def family() -> checks.Family:
+    folder = checks.golden_folder("Fast-dLLM-v2") / "model"
+    return checks.Family(
+        model=Fast_dLLM_QwenForCausalLM.from_pretrained(folder, dtype=torch.float64),
+        decoders={
+            "plain": (generate_fast, StandardOptions),
+            "ssd": (generate_ssd, Options),
+            "speculative": (generate_ssd_policy, Options),
+        },
+        reference=None,
+        one={"block_length": 1, "small_block_length": 1},
+    )
+
+
+def autoregressive(prompt: list[int], count: int) -> list[int]:
+    """The definition of block size one: the next token is the argmax of a causal forward over everything before it."""
+    model, ids = family().model, list(prompt)
+    for _ in range(count):
+        positions = torch.arange(len(ids))[None]
+        causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        logits = model(torch.tensor([ids]), positions, None, causal)[0, -1]
+        logits[255] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+def test_block_size_one_is_autoregressive():
+    one = {**SMALL, "block_length": 1, "small_block_length": 1}
+    out = family().run("plain", PROMPTS, one)
+    assert out.tokens == [autoregressive(p, 21) for p in PROMPTS]
+    assert out.lossless
+    for text in out.completions:
+        assert text.trace.total_forwards == 21, "the prefill gives the first token, each commit one more"
+
+
+@pytest.mark.parametrize("draft_ver", [False, True])
+@pytest.mark.parametrize("block_cache", [False, True])
+@pytest.mark.parametrize("small", [2, 8])
+def test_exact_greedy_is_block_size_one(small, block_cache, draft_ver):
+    """Also for prompts of whole blocks, and for the prompt of exactly one block that the published code does not look at."""
+    flat = {**SMALL, **LOSSLESS, "small_block_length": small, "use_block_cache": block_cache, "draft_ver": draft_ver}
+    out = family().run("speculative", PROMPTS, flat)
+    assert out.lossless
+    assert out.tokens == [autoregressive(p, 21) for p in PROMPTS]
+    assert all(c.uniforms_used == 0 for c in out.completions)
+
+
+def test_exact_law_of_the_family():
+    flat = {k: v for k, v in SMALL.items() if k != "block_length"} | {"block_length": 8}
+    checks.check_exact_greedy_is_block_size_one(family(), flat, PROMPTS)
+
+
+POLICIES = [
+    {"do_verify_policy": "always"},
+    {"do_verify_policy": "mask_span_length", "min_ssd_span_length": 3},
+    {
+        "do_verify_policy": "score_threshold",
+        "score_penalty_coef": 0.5,
+        "token_acceptance_estimator": "soft_confidence_power",
+    },
+    {"do_verify_policy": "score_hysteresis", "token_acceptance_estimator": "soft_clipped_linear_margin"},
+    {"do_verify_policy": "contextual_bandit_ucb", "token_acceptance_estimator": "hard_entropy_threshold"},
+    {"temperature": 0.8, "draft_ver": True, "cache_ver": True},
+    {"use_block_cache": True},
+]
+
+
+@pytest.mark.parametrize("extra", POLICIES, ids=lambda e: " ".join(map(str, e.values())))
+def test_batch_equals_alone(extra):
+    checks.check_batch_equals_alone(family(), "speculative", {**SMALL, **extra}, PROMPTS, rows=3)
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_block_cache": True}, {"temperature": 1.0}], ids=str)
+def test_plain_batch_equals_alone(extra):
+    checks.check_batch_equals_alone(family(), "plain", {**SMALL, **extra}, PROMPTS, rows=3)
+
+
+@pytest.mark.parametrize("decoder", ["plain", "speculative"])
+@pytest.mark.parametrize("small", [1, 4, 8])
+def test_trace_covers(decoder, small):
+    checks.check_trace_covers(family(), decoder, {**SMALL, "small_block_length": small}, PROMPTS)
+
+
+@pytest.mark.parametrize("decoder", ["plain", "speculative"])
+def test_stop_trims(decoder):
+    checks.check_stop_trims(family(), decoder, SMALL, PROMPTS)
+
+
+@pytest.mark.parametrize("decoder", ["plain", "ssd", "speculative"])
+def test_unknown_option(decoder):
+    checks.check_unknown_option(family(), decoder)
+
+
+def test_never_is_plain():
+    checks.check_never_is_plain(family(), SMALL, PROMPTS)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("decoder", ["plain", "speculative"])
+def test_length_is_max_new_tokens(decoder, count):
+    out = family().run(decoder, PROMPTS, {**SMALL, "max_new_tokens": count})
+    assert [len(t) for t in out.tokens] == [count] * len(PROMPTS)
+
+
+def test_savings_never_change_the_text():
+    flat = {**SMALL, **LOSSLESS}
+    saved, full = (
+        family().run("speculative", PROMPTS, {**flat, "reuse_verify": on, "skip_last_commit": on})
+        for on in (True, False)
+    )
+    assert saved.tokens == full.tokens
+    assert sum(saved.forwards.values()) < sum(full.forwards.values())
+
+
+def test_prompt_of_one_block_is_seen():
+    one, other = family().run("plain", [[1] * 8, [2] * 8], SMALL).tokens
+    assert one != other
+
+
+def test_mask_is_never_predicted():
+    assert all(255 not in t for t in family().run("plain", PROMPTS, {**SMALL, "confidence_threshold": 0.0}).tokens)
+
+
+def test_small_block_must_divide_the_block():
+    with pytest.raises(UserError, match=r"small_block_length is 3\. Allowed: a divisor of block_length \(8\)"):
+        family().run("plain", [[1, 2]], {**SMALL, "small_block_length": 3})
+
+
+def test_published_cache_of_s2d2_is_refused():
+    family().run("ssd", [[1, 2]], {**SMALL, "use_ssd_cache": False})
+    with pytest.raises(UserError, match="use_ssd_cache is True"):
+        family().run("ssd", [[1, 2]], {**SMALL, "use_ssd_cache": True})
+
+
+def test_ssd_has_one_policy():
+    with pytest.raises(UserError, match="Allowed with ssd: mask_span_length"):
+        family().run("ssd", [[1, 2]], {**SMALL, "do_verify_policy": "always"})
+
+
+@pytest.mark.parametrize("count", [1, 9, 21])
+@pytest.mark.parametrize("small", [1, 4])
+def test_stream_is_the_text(small, count):
+    """The ids given as small blocks finish are those of the text."""
+    streamed: dict[int, list[int]] = {}
+    flat = {**SMALL, "small_block_length": small, "max_new_tokens": count}
+    out = family().run("plain", PROMPTS, flat, on_block=lambda k, ids: streamed.setdefault(k, []).extend(ids))
+    assert [streamed[k] for k in range(len(PROMPTS))] == out.tokens
+
+
+def test_previous_row():
+    assert previous_row(torch.arange(4)).tolist() == [0, 0, 1, 2]
