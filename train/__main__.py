@@ -96,10 +96,12 @@ def load_model(path: str, device: torch.device) -> CheckpointModel:
 
 
 def run_probe(args: argparse.Namespace) -> dict:
-    from train.probe import probe, table
+    from train.probe import DECODERS, EDITING_DECODERS, probe, table
 
     model = load_model(args.model, resolve_device(args.device))
-    rows = probe(model, load_tokenizer(args.model), count=args.count, seed=args.seed, run_code=args.run_code)
+    decoders = DECODERS + (EDITING_DECODERS if model.config.model_type == "llada2_moe" else ())
+    tokenizer = load_tokenizer(args.model)
+    rows = probe(model, tokenizer, count=args.count, seed=args.seed, run_code=args.run_code, decoders=decoders)
     print(table(rows))
     return {"model": args.model, "count": args.count, "seed": args.seed, "rows": rows}
 

@@ -22,6 +22,13 @@ from train.tokenizer import TURN_END, chat_prompt
 
 WIDTH = 288
 DECODERS = ("ar", "static 16", "dynamic 16 0.6", "dynamic 16 0.9", "static 8", "static 32", "dynamic 32 0.9")
+EDITING_DECODERS = (
+    "edited 16 0.6 0.6",
+    "edited 16 0.6 0.9",
+    "edited 16 0.9 0.9",
+    "edited 32 0.6 0.9",
+    "edited 32 0.9 0.9",
+)
 
 
 @dataclass(slots=True)
@@ -72,8 +79,13 @@ def decode_one_by_one(model, canvas: Canvas) -> None:
         canvas.steps += live.long()
 
 
-def decode_blocks(model, canvas: Canvas, block_length: int, threshold: float | None) -> None:
-    """Block diffusion: the surest masked position a step, and with ``threshold`` every position surer than that."""
+def decode_blocks(
+    model, canvas: Canvas, block_length: int, threshold: float | None, editing: float | None = None
+) -> None:
+    """Block diffusion: the surest masked position a step, and with ``threshold`` every position surer than that.
+
+    With ``editing`` a step also replaces the block's known answer tokens where the model is surer than that of another one.
+    """
     for start in range(int(canvas.prompt.min()) // block_length * block_length, WIDTH, block_length):
         end = start + block_length
         ended = canvas.ended(start)
@@ -87,21 +99,26 @@ def decode_blocks(model, canvas: Canvas, block_length: int, threshold: float | N
             if not masked.any():
                 break
             canvas.steps += masked.any(1).long()
-            sure, best = _logits(model, canvas, end, mask, slice(start, end)).softmax(-1).max(-1)
-            sure = sure.masked_fill(~masked, -1.0)
+            surest, best = _logits(model, canvas, end, mask, slice(start, end)).softmax(-1).max(-1)
+            sure = surest.masked_fill(~masked, -1.0)
             chosen = torch.zeros_like(masked).scatter(1, sure.argmax(1, keepdim=True), True)
             if threshold is not None:
                 chosen |= sure > threshold
-            canvas.tokens[:, start:end] = torch.where(chosen & masked, best, canvas.tokens[:, start:end])
+            known = canvas.tokens[:, start:end]
+            take = chosen & masked
+            if editing is not None:
+                answer = torch.arange(start, end, device=mask.device) >= canvas.prompt[:, None]
+                take |= (surest > editing) & answer & ~masked & masked.any(1, keepdim=True) & (best != canvas.mask_id)
+            canvas.tokens[:, start:end] = torch.where(take, best, known)
 
 
 def run_decoder(model, canvas: Canvas, decoder: str) -> None:
-    """``decoder`` is ``ar``, ``static L`` or ``dynamic L threshold``."""
+    """``decoder`` is ``ar``, ``static L``, ``dynamic L threshold`` or ``edited L threshold editing``."""
     kind, *numbers = decoder.split()
     if kind == "ar":
         decode_one_by_one(model, canvas)
     else:
-        decode_blocks(model, canvas, int(numbers[0]), float(numbers[1]) if kind == "dynamic" else None)
+        decode_blocks(model, canvas, int(numbers[0]), *map(float, numbers[1:]) if kind != "static" else (None,))
 
 
 def texts_of(canvas: Canvas, tokenizer) -> tuple[list[str], Tensor]:
