@@ -319,7 +319,7 @@ class Store:
             try:
                 record = json.loads(line)
                 self.found[record["key"]] = record
-            except (ValueError, KeyError, TypeError):  # the line a killed run was writing
+            except (ValueError, KeyError, TypeError):  # noqa: PERF203 the line a killed run was writing
                 continue
 
     def append(self, record: dict) -> None:
