@@ -27,6 +27,7 @@ from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
+from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import unmask
 from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
@@ -97,6 +98,7 @@ def decode(
     batch_size: int | None = None,
     tokenizer=None,
     requests: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
     judge: Callable[..., Verdict] = judge,
@@ -104,7 +106,7 @@ def decode(
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
     ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
-    join as rows finish. Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt;
+    join as rows finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt;
     ``requests`` numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish,
     ``on_finish(completion)`` as texts do. ``judge`` replaces `shared.verify.judge`: acceptance by a script, for benchmarks on weights that
     mean nothing. Raises `UserError` before any forward when a prompt or an option does not fit.
@@ -116,6 +118,7 @@ def decode(
     check_call(len(prompts), requests, uniforms, batch_size)
     run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
     while prefill(run) or run.batch.active:
         rows = run.batch.active
@@ -125,7 +128,7 @@ def decode(
         if len(picked.index) < len(rows) or not run.batch.one_token_is_enough:  # a verified row has gained one already
             fill_quota(run, draft, choice)
         run.policy.observe(draft, reach > 0, choice.count)
-        finished = write(run, rows, draft, choice, reach, finite)
+        finished = stops.end(write(run, rows, draft, choice, reach, finite))
         if on_block:
             limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
@@ -134,7 +137,7 @@ def decode(
         for f in finished:
             if f.last:
                 position = run.batch.rows[f.row].position
-                done[position] = completion = run.batch.retire(f.row, options.blocks, text_of)
+                done[position] = completion = stops.cut(run.batch.retire(f.row, options.blocks, text_of))
                 if on_finish:
                     on_finish(completion)
     return Output(
@@ -434,7 +437,17 @@ def _lossless(options: StandardOptions) -> Lossless:
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 
-_CALL_KEYWORDS = ("attention_mask", "seed", "batch_size", "tokenizer", "requests", "on_block", "on_finish", "judge")
+_CALL_KEYWORDS = (
+    "attention_mask",
+    "seed",
+    "batch_size",
+    "tokenizer",
+    "requests",
+    "stop",
+    "on_block",
+    "on_finish",
+    "judge",
+)
 
 
 def generate(

@@ -1,0 +1,70 @@
+"""lm-eval's own command line with this repository's models, offline tasks and code runner in it.
+
+python -m eval --model dllm --model_args family=SDAR,pretrained=SDAR/tiny,preset=tiny --tasks word_problems --apply_chat_template --batch_size 32
+
+One flag more than lm-eval's: ``--resume`` goes on with what a killed run of the same command left under ``--output_path``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from shared.errors import UserError, run_main
+
+TASKS = Path(__file__).parent / "tasks"
+OURS = ("custom_generate", "custom_model_class", "family")
+
+
+def prepared(args):
+    """lm-eval's parsed arguments, with ``hf`` handed to ``dllm`` where a key of ours asks for it, and our tasks found."""
+    if getattr(args, "config", None):
+        from lm_eval.config.evaluate_config import EvaluatorConfig
+
+        for key, value in EvaluatorConfig.load_yaml_config(args.config).items():
+            if getattr(args, key, None) is None:
+                setattr(args, key, value)
+    model_args = dict(getattr(args, "model_args", None) or {})
+    if args.model in (None, "hf") and any(key in model_args for key in OURS):
+        args.model = "dllm"
+    args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
+    if args.model == "dllm":
+        args.device = args.device or "auto"  # lm-eval's own default is cuda:0
+        if getattr(args, "gen_kwargs", None):
+            model_args["gen_kwargs"] = dict(args.gen_kwargs)
+        if args.output_path:
+            model_args |= {
+                "predictions": str(Path(args.output_path).with_suffix("") / "predictions"),
+                "resume": args.resume,
+            }
+        elif args.resume:
+            raise UserError("resume needs a place where predictions are. Allowed: --output_path PATH with it")
+        args.model_args = model_args
+    elif args.resume:
+        raise UserError(f"resume is given with --model {args.model}. Allowed: with --model dllm")
+    del args.resume
+    return args
+
+
+def main() -> None:
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    setup_logging()
+    importlib.import_module("eval.model")
+    importlib.import_module("eval.code_eval").install()
+    resume = "--resume" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--resume"]
+    cli = HarnessCLI()
+    args = cli.parse_args()
+    if getattr(args, "command", None) == "run":
+        args.resume = resume
+        args = prepared(args)
+    elif args.command == "ls" and not getattr(args, "include_path", None):
+        args.include_path = str(TASKS)
+    cli.execute(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

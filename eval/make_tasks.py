@@ -1,0 +1,21 @@
+"""Writes the offline tasks' problems: ``python -m eval.make_tasks``. The same bytes every time; a test compares them with what is committed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from train.tasks import TASKS, held_out
+
+PROBLEMS, SEED = 256, 42
+
+
+def lines(task: str) -> str:
+    """``PROBLEMS`` held-out problems of ``task``, one JSON object a line."""
+    return "".join(json.dumps(asdict(p), sort_keys=True) + "\n" for p in held_out(task, PROBLEMS, SEED))
+
+
+if __name__ == "__main__":
+    for name in TASKS:
+        (Path(__file__).parent / "tasks" / f"{name}.jsonl").write_text(lines(name))

@@ -1,0 +1,351 @@
+"""`dllm`: a model of lm-eval that decodes with any decoder of any family."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from eval.families import decoder_in_file, family_named, family_of_checkpoint, family_of_class, split_target
+from shared.distributed import World
+from shared.errors import UserError, unknown_name
+from shared.loading import load_tokenizer
+from shared.output import Output
+from shared.scoring import block_size_one_scores
+
+log = logging.getLogger(__name__)
+
+LOADER_KEYS = ("pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume",
+               "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size")  # fmt: skip
+_NOT_OPTIONS = ("until",)
+
+
+@register_model("dllm")
+class DraftAndVerifyLM(TemplateLM):
+    """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
+
+    ``predictions``: a folder to which every finished text is appended as one JSON line; with ``resume`` those found there are not decoded again.
+    """
+
+    def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
+                 max_batch_size=None, seed=0, predictions=None, resume=False, custom_generate=None, custom_model_class=None,
+                 trust_remote_code=None, gen_kwargs=None, **options):  # fmt: skip
+        super().__init__()
+        if not pretrained:
+            raise UserError(
+                "pretrained is missing. Allowed: a checkpoint folder or a hub id (model_args pretrained=...)"
+            )
+        if trust_remote_code:
+            log.warning("trust_remote_code is ignored: the code of this repository is used")
+        if max_batch_size is not None or (batch_size is not None and not str(batch_size).isdigit()):
+            raise UserError(f"batch_size is {batch_size!r}. Allowed: a number (texts join as others finish)")
+        self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
+        self._flat = {**(self._decoder.preset(preset) if preset else {}), **options}
+        self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
+        self.options_for({})  # unknown names and impossible values are told before anything is loaded
+        world = World.from_environment()
+        self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
+        self.batch_size = int(batch_size or 1)
+        device = world.device(device or "auto")
+        self.model = self._family.model_class.from_pretrained(pretrained, dtype=dtype, device=device)
+        self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
+        self._model_name = str(pretrained)
+        self._store = Store(predictions, self._rank, bool(resume))
+        self._spent: list[dict] = []
+        self._used: dict[str, dict] = {}
+
+    def _choose(self, pretrained, family, decoder, custom_generate, custom_model_class) -> None:
+        """Family and decoder from whatever names them; they must agree."""
+        own = decoder_in_file(custom_generate) if custom_generate else None
+        names = [family, own and own[0], family_of_class(custom_model_class) if custom_model_class else None]
+        named = list(dict.fromkeys(n for n in names if n)) or [family_of_checkpoint(pretrained)]
+        if len(named) > 1:
+            raise UserError(
+                f"family, custom_generate and custom_model_class name {' and '.join(named)}. Allowed: one family"
+            )
+        self.family_name, self._family = named[0], family_named(named[0])
+        self._user_generate = None
+        if custom_generate and own is None:
+            self._user_generate = load_function(custom_generate)
+        name = decoder or (own[1] if own else next(iter(self._family.decoders)))
+        if name not in self._family.decoders:
+            raise unknown_name("decoder", name, self._family.decoders)
+        if own and own[1] != name:
+            raise UserError(f"decoder {name!r} is not the one of custom_generate, {own[1]!r}. Allowed: one of them")
+        self.decoder_name, self._decoder = name, self._family.decoders[name]
+
+    def options_for(self, task_kwargs: dict):
+        """The decoder's options for a task's generation_kwargs: ``--gen_kwargs`` over ``model_args`` over the task's."""
+        task = {k: v for k, v in task_kwargs.items() if k not in _NOT_OPTIONS and k not in self._gen_kwargs}
+        if self._user_generate:
+            return self._user_options({**task, **self._flat, **self._gen_kwargs})
+        kind = self._decoder.options_class
+        try:
+            options = kind.from_flat(task, **self._flat)
+            return options.replace(**self._gen_kwargs) if self._gen_kwargs else options
+        except UserError as error:
+            if "unknown option" not in str(error):
+                raise
+            key = next(k for k in (*self._flat, *self._gen_kwargs, *task) if repr(k) in str(error))
+            raise unknown_name("model_args key or gen kwarg", key, [*kind.names(), *LOADER_KEYS]) from None
+
+    def _user_options(self, flat: dict) -> dict:
+        lengths = [flat.pop(k) for k in ("max_gen_toks", "max_new_tokens") if k in flat]
+        flat["max_new_tokens"] = int(lengths[-1]) if lengths else 512
+        known = inspect.signature(self._user_generate).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            flat = {k: v for k, v in flat.items() if k in known or k in self._flat or k in self._gen_kwargs}
+            for key in set(flat) - set(known):
+                raise unknown_name("keyword of custom_generate", key, known)
+        return flat
+
+    # Generation.
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = {}
+        for k, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(k)
+        seen, texts = Counter(), [""] * len(requests)
+        for members in groups.values():
+            kwargs = requests[members[0]].args[1]
+            options, until = self.options_for(kwargs), kwargs.get("until") or []
+            stop = [s for s in ([until] if isinstance(until, str) else until) if s]
+            flat = options if isinstance(options, dict) else options.to_flat()
+            task = requests[members[0]].task_name or "task"
+            self._used[task] = {**flat, "stop": stop}
+            mark = json.dumps(
+                [self._model_name, self.family_name, self.decoder_name, str(self.model.dtype), flat, stop, self._seed],
+                default=str,
+            )
+            todo: dict[str, tuple[int, str]] = {}
+            for k in members:
+                request = requests[k]
+                place = (request.task_name, request.doc_id, request.args[0])
+                seen[place] += 1
+                key = hashlib.sha256(json.dumps([mark, *place, seen[place]]).encode()).hexdigest()
+                todo[key] = (k, request.args[0])
+            for key, record in self._decode(todo, options, stop).items():
+                k = todo[key][0]
+                texts[k] = record["text"]
+                self._spent.append(record)
+                self.cache_hook.add_partial("generate_until", requests[k].args, record["text"])
+        return texts
+
+    def _decode(self, todo: dict[str, tuple[int, str]], options, stop: list[str]) -> dict[str, dict]:
+        """A record for every key of ``todo`` ``{key: (number, prompt)}``; those in the store are taken from there."""
+        records = {key: self._store.found[key] for key in todo if key in self._store.found}
+        keys = [key for key in todo if key not in records]
+        if not keys:
+            return records
+        prompts = [self._fit(self.tok_encode(todo[key][1]), options) for key in keys]
+        numbers = [int(key[:14], 16) for key in keys]  # randomness belongs to the request, not to its place in a batch
+        by_number = dict(zip(numbers, keys, strict=True))
+
+        def keep(completion) -> None:
+            trace = completion.trace
+            record = {"key": by_number[completion.request], "text": completion.text, "tokens": len(completion.tokens),
+                      "forwards": dict(trace.forwards) if trace else {}, "seconds": completion.seconds}  # fmt: skip
+            records[record["key"]] = record
+            self._store.append(record)
+
+        if self._user_generate:
+            for key, record in self._call_user(keys, prompts, options, stop):
+                records[key] = {"key": key, **record}
+                self._store.append(records[key])
+            return records
+        output = self._decoder.generate(
+            self.model, prompts, options, tokenizer=self.tokenizer, batch_size=min(self.batch_size, len(prompts)),
+            seed=self._seed, requests=numbers, stop=stop, on_finish=keep,
+        )  # fmt: skip
+        self._lossless = [output.lossless, output.lossless_reason]
+        return records
+
+    def _call_user(self, keys, prompts, options: dict, stop: list[str]):
+        """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eot_token_id
+        for at in range(0, len(keys), self.batch_size):
+            part = prompts[at : at + self.batch_size]
+            wide = max(map(len, part))
+            ids = torch.tensor([[pad] * (wide - len(p)) + p for p in part], device=self.model.device)
+            mask = torch.tensor([[0] * (wide - len(p)) + [1] * len(p) for p in part], device=self.model.device)
+            out = self._user_generate(
+                self.model, ids, attention_mask=mask, stop=stop, tokenizer=self.tokenizer, **options
+            )
+            rows = out.tokens if isinstance(out, Output) else [row.tolist()[wide:] for row in out]
+            for key, row in zip(keys[at : at + self.batch_size], rows, strict=True):
+                text = self.tokenizer.decode(row, skip_special_tokens=True)
+                ends = [text.find(s) for s in stop if s in text]
+                yield (
+                    key,
+                    {"text": text[: min(ends)] if ends else text, "tokens": len(row), "forwards": {}, "seconds": None},
+                )
+
+    def _fit(self, ids: list[int], options) -> list[int]:
+        """The prompt's last tokens, where all of them leave no room for the answer."""
+        new = options["max_new_tokens"] if isinstance(options, dict) else options.blocks.max_new_tokens
+        length = (
+            1
+            if isinstance(options, dict)
+            else options.blocks.block_length or getattr(self.model.config, "block_size", 1)
+        )
+        room = self.max_length // length * length - new
+        if room < 1:
+            raise UserError(f"max_new_tokens is {new}. Allowed: less than the model's {self.max_length} positions")
+        if len(ids) > room:
+            log.warning("a prompt of %d tokens is cut to its last %d", len(ids), room)
+        return ids[-room:]
+
+    # Scoring.
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        mask_id, _ = self.model.special_ids(tokenizer=self.tokenizer)
+        order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
+        found: dict[int, tuple[float, bool]] = {}
+        for at in range(0, len(order), self.batch_size):
+            part = order[at : at + self.batch_size]
+            texts = []
+            for k in part:
+                _, context, continuation = requests[k]
+                if len(continuation) > self.max_length:
+                    raise UserError(
+                        f"a continuation has {len(continuation)} tokens. Allowed: {self.max_length}, the model's positions"
+                    )
+                room = self.max_length - len(continuation)
+                texts.append((context[-room:] if room else [], continuation))
+            for k, (scores, greedy) in zip(part, block_size_one_scores(self.model, texts, mask_id), strict=True):
+                found[k] = (scores.sum().item(), bool(greedy.all()))
+                if requests[k][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[k][0], found[k])
+        return [found[k] for k in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        results = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
+            )  # fmt: skip
+            parts = self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for w in windows])
+            results.append(sum(score for score, _ in parts))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
+        return results
+
+    # What lm-eval asks of a model.
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._model_name.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )  # fmt: skip
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.tokenizer.get_chat_template() if chat_template else ""
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(_collect(tensor.item(), self._world_size), device=tensor.device)
+
+    def gather_object(self, obj, dst: int = 0):
+        parts = _collect((obj, self._spent), self._world_size)
+        self._spent = list({r["key"]: r for _, spent in parts for r in spent}.values())
+        return [o for o, _ in parts] if self._rank == dst else None
+
+    def barrier(self) -> None:
+        _collect(None, self._world_size)
+
+    def get_model_info(self) -> dict:
+        """For the results file: every option of every task, and what was spent."""
+        forwards = Counter()
+        for record in self._spent:
+            forwards.update(record["forwards"])
+        seconds = [r["seconds"] for r in self._spent if r["seconds"] is not None]
+        return {
+            "decoding": {
+                "family": self.family_name, "decoder": self.decoder_name, "dtype": str(self.model.dtype)[6:], "seed": self._seed,
+                "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
+                "lossless": getattr(self, "_lossless", None), "texts": len(self._spent), "tokens": sum(r["tokens"] for r in self._spent),
+                "forwards": dict(forwards), "seconds_in_flight": round(sum(seconds), 3),
+            }
+        }  # fmt: skip
+
+
+class Store:
+    """Finished texts, one JSON line each, flushed as they come; ``found`` are those of an earlier run, by key."""
+
+    def __init__(self, folder: str | None, rank: int, resume: bool):
+        self.found: dict[str, dict] = {}
+        self.file = None
+        if folder is None:
+            return
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if resume:
+            for part in sorted(path.glob("predictions-*.jsonl")):
+                self._read(part)
+        mine = path / f"predictions-{rank}.jsonl"
+        torn = resume and mine.is_file() and not mine.read_bytes().endswith(b"\n")
+        self.file = mine.open("a" if resume else "w", encoding="utf-8")
+        if torn:
+            self.file.write("\n")
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                record = json.loads(line)
+                self.found[record["key"]] = record
+            except (ValueError, KeyError, TypeError):  # noqa: PERF203 the line a killed run was writing
+                continue
+
+    def append(self, record: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+
+def load_function(target: str):
+    path, name = split_target("custom_generate", target)
+    spec = importlib.util.spec_from_file_location(f"custom_generate_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise unknown_name(f"function of {path.name}", name, [n for n in vars(module) if not n.startswith("_")])
+    return getattr(module, name)
+
+
+def _collect(value, size: int) -> list:
+    """``value`` of every process, in order of rank."""
+    if size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    parts = [None] * size
+    dist.all_gather_object(parts, value)
+    return parts

@@ -1,0 +1,65 @@
+"""Runs model-written Python where it can harm nothing, and says whether it ran to its end.
+
+The program runs in a child process (`eval/jail.py`, Linux) inside its own user, process, network, mount and IPC namespaces: every file system is
+read-only but for a small temporary folder in memory, there is no network and no other process to see, and a system-call filter refuses
+sockets, new processes and mounts. Processor time, wall time, memory, open files and file sizes are limited. Where a limit cannot be had, `run` refuses.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import UserError
+
+_JAIL = Path(__file__).parent / "jail.py"
+_GRACE = 10.0  # seconds for the interpreter to start, on top of the program's own
+_PASSED, _FAILED, _LATE = 77, 1, 2  # exit codes of jail.py; any other means that it could not set its limits
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``seconds`` of wall time (and of processor time, rounded up); ``memory_mb`` of address space and ``files_mb`` of temporary files, in MiB."""
+
+    seconds: float = 5.0
+    memory_mb: int = 1024
+    files_mb: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``passed``: the program reached its end. ``reason``: passed, failed (an error, or it left early), or timed out."""
+
+    passed: bool
+    reason: str
+
+
+def run(program: str, limits: Limits | None = None) -> Verdict:
+    """Run Python source in the jail. Raises `UserError` with the reason where the limits cannot be had."""
+    limits = limits or Limits()
+    if sys.platform != "linux":
+        raise UserError(f"model-written code cannot be confined on {sys.platform}. Allowed: Linux")
+    numbers = map(str, (limits.seconds, limits.memory_mb, limits.files_mb))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", str(_JAIL), *numbers, folder],
+                input=program.encode(errors="replace"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=limits.seconds + _GRACE,
+                start_new_session=True,
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Verdict(False, "timed out")
+    if done.returncode in (_PASSED, _FAILED, _LATE):
+        return Verdict(
+            done.returncode == _PASSED, {_PASSED: "passed", _FAILED: "failed", _LATE: "timed out"}[done.returncode]
+        )
+    why = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    raise UserError(f"model-written code is not run, because it cannot be confined here: {why}")
