@@ -293,7 +293,9 @@ class FlatOptions:
         flat, names = dict(flat), cls.names()
         for name, spellings in ALIASES.items():
             given = [flat.pop(s) for s in spellings if s in flat] if name in names else []
-            value = next((v for v in given if v not in _NONE), None)
+            # A list of ids says "no ids" by none; for anything else none is "not given".
+            is_list = bool(given) and get_origin(_unwrap(names[name][1])[0]) is tuple
+            value = next((v for v in given if (v is not None if is_list else v not in _NONE)), None)
             if value is not None or (given and _unwrap(names[name][1])[1]):
                 flat[name] = value
         kinds = {name: kind for name, (_, kind) in names.items()}

@@ -124,7 +124,7 @@ def test_a_stop_id_right_after_the_prompt_counts():
     batch = new_batch([[1, 2]], rows=1)
     batch.admit()
     write(batch, STOP, [[False, False, True, False]])
-    assert write(batch) == [Finished(0, last=True, verified_to=0)]
+    assert write(batch) == [Finished(0, last=True, verified_to=0, stopped=True)]
     assert finish(batch, 0).tokens == []
 
 

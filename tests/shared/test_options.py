@@ -107,7 +107,7 @@ def test_defaults_and_nothing():
     assert Every.from_flat({"top_k": 3}, top_k=4).sampling.top_k == 4
 
 
-@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("name", ["max_new_tokens", "block_length", "confidence_threshold"])
 def test_aliases_and_their_precedence(name):
     group = Every.names()[name][0]
     value = {"max_new_tokens": 7, "block_length": 7, "confidence_threshold": 0.25}[name]
@@ -116,6 +116,11 @@ def test_aliases_and_their_precedence(name):
         options = Every.from_flat({**later, spelling: value})
         assert getattr(getattr(options, group), name) == value
         assert spelling == name or spelling not in options.to_flat()
+
+
+def test_the_one_stop_token_of_older_command_lines():
+    for ids, want in ((5, (5,)), ("none", ()), (None, None)):
+        assert Every.from_flat(stop_token=ids).blocks.stopping_criteria_idx == want
 
 
 def test_published_length_precedence():
