@@ -115,6 +115,7 @@ class Window:
         self.prefix = cache.length[self.row_index]
         if any(ahead):
             self.prefix = self.prefix + cache.indices(ahead)
+        self.plain = self.width == tokens  # what is written is all that is seen besides the prefix
         self.extent = max(prefixes) + self.width
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:
