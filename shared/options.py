@@ -240,7 +240,7 @@ ALIASES = {
     "max_new_tokens": ("max_new_tokens", "max_gen_toks", "gen_length"),
     "block_length": ("block_length", "block_size"),
     "small_block_length": ("small_block_length", "small_block_size"),
-    "stopping_criteria_idx": ("stopping_criteria_idx", "stop_token"),
+    "stopping_criteria_idx": ("stopping_criteria_idx", "stop_token", "eos_id"),
     "confidence_threshold": ("confidence_threshold", "threshold"),
 }
 
