@@ -228,7 +228,7 @@ def prefix_mask(run: Run, ends: list[int]) -> Tensor:
         return mask
     # A 0 where the mask is False hides nothing, so the padding of shorter rows has to be hidden here.
     padding = torch.arange(tokens, device=device) >= run.batch.index(ends)[:, None]
-    return mask.to(run.model.dtype).expand(len(ends), -1, -1).masked_fill(padding[:, None, :], float("-inf"))
+    return mask.float().expand(len(ends), -1, -1).masked_fill(padding[:, None, :], float("-inf"))
 
 
 def propose(run: Run, rows: list[int]) -> Draft:
