@@ -92,7 +92,7 @@ def format_trace(trace: Trace, tokenizer=None) -> str:
         shown = [f"{p}{marks.get(How(trace.how_of[p]), '')}" for p in positions]
         verified = f"  [verified {trace.verified_span[step]}, accepted {trace.accepted[step]}]"
         lines.append(f"step {step:4d} {start} {' '.join(shown)}{verified if trace.verified_span[step] else ''}")
-        if tokenizer is not None:
+        if tokenizer is not None and positions:
             text = tokenizer.decode([trace.first_token(p) for p in sorted(positions)])
             lines.append(f"            {text!r}")
         if step in edits:
