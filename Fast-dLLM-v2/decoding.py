@@ -317,9 +317,9 @@ def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> tuple[
 def unmask(run: Run, draft: Draft, choice: Choice) -> None:
     """Where verification decided nothing: every draft above the threshold, and the most confident one in any case."""
     eligible = draft.masked & (choice.count == 0)[:, None]
-    one, place = torch.ones_like(draft.rows), torch.arange(eligible.shape[1], device=eligible.device)
+    one = torch.ones_like(draft.rows)
     take, _ = above_threshold(draft.confidence, eligible, one, run.options.unmask.confidence_threshold)
-    choice.add(take, draft.tokens, How.UNMASKED, place.expand_as(eligible))
+    choice.add(take, draft.tokens, How.UNMASKED)
 
 
 def settle(run: Run, finished: list[Finished], on_block) -> list[int]:

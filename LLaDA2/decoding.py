@@ -3,6 +3,9 @@
 Each step drafts the current block of every row, replaces known tokens of it where the model is confident of others, may verify the first masked span, fills
 what the step still owes by confidence, and commits blocks that are finished. ``cached`` is the same loop with a policy that never
 verifies, ``nocache`` that one with nothing ever committed.
+
+What a step computes between its forwards stands in four functions of device tensors: `draft_inputs`, `drafted`, `verify_inputs` and `decided`. They read
+nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
 from llada2.options import NoCacheOptions, Options, StandardOptions
 from llada2.rows import Rows
 from shared import masks
-from shared.batch import Finished, by_tokens
+from shared.batch import Finished, by_tokens, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
 from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
-from shared.engine import Engine
+from shared.engine import Engine, Inputs, Staged
+from shared.kv_cache import BlockCache
 from shared.options import Acceptance, Cache
 from shared.output import Completion, Lossless, Output
+from shared.phases import call
 from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
-from shared.spans import Picked, pick, span_inputs
+from shared.spans import Picked, pick, span_inputs, wishes
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
@@ -47,6 +52,7 @@ class Run:
     engine: Engine
     policy: Policy
     judge: Callable[..., Verdict]
+    phase: Callable = call  # runs a function of device tensors, as a graph where that is possible
     prefill_seconds: float = 0.0
 
     @property
@@ -54,8 +60,8 @@ class Run:
         return isinstance(self.options, StandardOptions)
 
     @property
-    def speculative(self) -> bool:
-        return isinstance(self.options, Options)
+    def cache(self) -> BlockCache:
+        return self.engine.cache
 
     @property
     def cache_options(self) -> Cache:
@@ -65,31 +71,25 @@ class Run:
     def acceptance(self) -> Acceptance:
         return getattr(self.options, "acceptance", Acceptance())
 
-    def forward(
-        self,
-        kind: str,
-        rows: Sequence[int],
-        ids: Tensor,
-        positions: Tensor,
-        mask,
-        *,
-        logits_at=None,
-        ahead=None,
-        leading=None,
-    ) -> Tensor:
-        """One pass over ``ids [b, T]`` of ``rows``; logits with the mask token ruled out unless the options allow it.
+    @property
+    def whole_verify(self) -> bool:
+        """Does a verify carry the whole block whatever the span?"""
+        outside = self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
+        return outside or not (isinstance(self.options, Options) and self.options.savings.short_verify)
 
-        Entries of ``ids`` past the first ``leading`` ones are commits that ride along: they get no logits and are not counted.
-        """
-        self.batch.count(kind, rows[:leading], ids.numel())
-        window = self.engine.cache.window(ids.shape[1], rows, ahead=ahead)
-        backend = self.model.backend
-        if mask is not None and mask.is_floating_point():
+    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, ahead=None) -> Tensor:
+        """One pass over ``tokens`` tokens an entry, which belong to ``rows``. The mask token is ruled out by `rule_out`."""
+        self.batch.count(kind, set(rows), tokens * len(rows))
+        window, backend = self.cache.window(tokens, rows, ahead=ahead), self.model.backend
+        if isinstance(staged, Inputs) and staged.mask is not None and staged.mask.is_floating_point():
             self.model.backend = "reference"  # the one that adds masks
         try:
-            logits = self.engine.forward(ids, positions, window, mask, leading=leading, logits_at=logits_at)
+            return self.engine.run(staged, window)
         finally:
             self.model.backend = backend
+
+    def rule_out(self, logits: Tensor) -> Tensor:
+        """The logits without the mask token, unless the options allow it."""
         if self.options.sampling.suppress_mask:
             logits[..., self.batch.mask_id] = float("-inf")
         return logits
@@ -131,12 +131,10 @@ def decode(
     done: dict[int, Completion] = {}
     while prefill(run) or run.batch.active:
         rows = run.batch.active
-        draft = propose(run, rows)
-        picked = route(run, rows, draft)
-        choice, reach, finite = verify(run, rows, draft, picked)
-        fill(run, rows, draft, choice, picked)
-        run.policy.observe(draft, reach > 0, choice.count)
-        finished = stops.end(write(run, rows, draft, choice, reach, finite))
+        draft, wish = propose(run, rows)
+        picked = route(run, rows, wish)
+        verified = verify(run, rows, draft, picked)
+        finished = stops.end(settle(run, rows, draft, verified))
         if on_block:
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, options.blocks.max_new_tokens))
@@ -158,13 +156,18 @@ def decode(
 
 
 def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
-    """Allocate the batch, the cache and the policy's state for ``rows`` rows."""
+    """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
     blocks, editing, device = options.blocks, options.editing, model.device
     length = blocks.block_length
+    capacity = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length)
+    engine = Engine.of(model, rows, capacity + length, length, options.runtime)
+    allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = length * (length + editing.max_post_steps) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
     most = max(per_block * (blocks.max_new_tokens // length + 2), 1)
     numbers = most if uniforms is None else max(map(len, uniforms), default=1)
+    room = per_block * (slots // length + 2)
+    source = Uniforms(allocated, numbers, seed=seed, device=device, recorded=uniforms, room=room)
     batch = Rows(
         prompts,
         blocks,
@@ -172,15 +175,18 @@ def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms
         requests=requests,
         rows=rows,
         device=device,
-        uniforms=Uniforms(rows, numbers, seed=seed, device=device, recorded=uniforms),
+        uniforms=source,
+        room=(allocated, slots),
     )
     policy = Never()
     if isinstance(options, Options):
         policy = make_policy(
-            options.routing, options.bandit, options.estimation, options.unmask, rows=rows, device=device
+            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
         )
-    engine = Engine.of(model, rows, batch.capacity + length, length, options.runtime)
-    return Run(model, options, batch, engine, policy, judge)
+    run = Run(model, options, batch, engine, policy, judge)
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    run.phase = engine.phases_for(constants, [batch, source, policy])
+    return run
 
 
 def resolve(model: LLaDA2MoeModelLM, options: NoCacheOptions, tokenizer=None) -> NoCacheOptions:
@@ -196,14 +202,14 @@ def prefill(run: Run) -> bool:
     """Admit waiting prompts and encode their whole blocks. True if any came."""
     batch = run.batch
     rows = batch.admit()
-    run.engine.cache.reset(rows)
+    run.cache.reset(rows)
     run.policy.reset(rows)
     began = time.perf_counter()
     if run.cached:
         for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
             encode_prompts(run, group)
-    if rows and run.engine.cache.length.is_cuda:
-        torch.cuda.synchronize(run.engine.cache.length.device)
+    if rows and run.cache.length.is_cuda:
+        torch.cuda.synchronize(run.cache.length.device)
     run.prefill_seconds += time.perf_counter() - began
     return bool(rows)
 
@@ -214,13 +220,14 @@ def encode_prompts(run: Run, rows: list[int]) -> None:
     ids = run.batch.tokens[run.batch.index(rows), : max(starts)]
     positions = torch.arange(max(starts), device=ids.device).expand_as(ids)
     # Shorter rows are padded with what follows their prompt: later tokens, which earlier ones never see.
-    run.forward("prefill", rows, ids, positions, prefix_mask(run, starts), logits_at=slice(0, 0))
-    run.engine.cache.commit(starts, rows)
+    inputs = Inputs(ids, positions, run.batch.index(rows), prefix_mask(run, starts), logits_at=slice(0, 0))
+    run.forward("prefill", rows, inputs, max(starts))
+    run.cache.commit(starts, rows)
 
 
 def prefix_mask(run: Run, ends: list[int]) -> Tensor:
     """How the first ``ends [b]`` tokens of some rows see each other, ``[T, T]`` for the longest, or what is added to their scores, ``[b, T, T]``."""
-    tokens, device = max(ends), run.engine.cache.length.device
+    tokens, device = max(ends), run.cache.length.device
     if run.cache_options.cache_ver:
         return masks.token_causal(tokens, device)
     mask = masks.block_causal(tokens, run.batch.block_length, device)
@@ -231,123 +238,176 @@ def prefix_mask(run: Run, ends: list[int]) -> Tensor:
     return mask.float().expand(len(ends), -1, -1).masked_fill(padding[:, None, :], float("-inf"))
 
 
-def propose(run: Run, rows: list[int]) -> Draft:
-    """Denoise the current block of ``rows`` once, take a token and its confidence at every position, and edit known tokens.
+@dataclass(frozen=True, slots=True)
+class View:
+    """The current block of some rows as a draft sees it: ``block, masked [b, L]``; ``index [b]`` are their rows."""
 
-    The block of the draft is the edited one: what is verified, filled and written next builds on it.
-    """
-    batch, sampling, editing = run.batch, run.options.sampling, run.options.editing
-    index = batch.index(rows)
-    block = batch.block(index)
-    masked = block == batch.mask_id
-    logits = (draft_cached if run.cached else draft_whole)(run, rows, block, masked)
-    uniform = None
-    if sampling.temperature >= GREEDY_BELOW:
-        uniform = batch.uniforms.take(index, batch.block_length, batch.block_length)
-    tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    block = batch.edit(index, block, masked, tokens, confidence > editing.editing_threshold)
-    entry = torch.arange(len(rows), device=index.device)
-    return Draft(index, block, masked, tokens, confidence, logits, entry, batch.decoded[index], sampling)
+    index: Tensor
+    block: Tensor
+    masked: Tensor
+    staged: Inputs | Staged | None = None
 
 
-def draft_cached(run: Run, rows: list[int], block: Tensor, masked: Tensor) -> Tensor:
-    """Logits ``[b, L, V]`` of the current blocks on their cached prefixes.
+def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
+    """Denoise the current block of ``rows`` once: a draft, and what the policy wishes to verify of it (see `drafted`).
 
     Finished blocks that still have to be committed ride along as further entries of the same forward: in each layer their keys are in the
     cache before the drafts look.
     """
-    batch, length, mask = run.batch, run.batch.block_length, None
-    ids, positions = block, batch.positions(batch.index(rows))
-    known = torch.zeros_like(batch.index(rows))
-    if run.cache_options.draft_ver:
-        known = torch.where(masked.any(-1), masked.int().argmax(-1), length)
-        mask = masks.causal_until(known, length)
+    batch, length = run.batch, run.batch.block_length
+    if not run.cached:
+        view, inputs = whole_inputs(run, rows)
+        return run.phase(drafted, run, view, run.forward("draft", rows, inputs, inputs.ids.shape[1]))
     riders = [i for i in rows if batch.rows[i].uncommitted]
-    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders)
-    if riders:
-        ride = batch.index(riders)
-        ids = torch.cat([ids, batch.block(ride, back=length)])
-        positions = torch.cat([positions, batch.positions(ride, back=length)])
-        if run.cache_options.draft_ver or run.cache_options.cache_ver:
-            causal = length if run.cache_options.cache_ver else 0
-            mask = masks.causal_until(torch.cat([known, torch.full_like(ride, causal)]), length)
-    logits = run.forward("draft", rows + riders, ids, positions, mask, ahead=ahead, leading=len(rows))
-    run.engine.cache.commit([length] * len(riders), riders)
+    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
+    ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
+    view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
+    logits = run.forward("draft", rows + riders, view.staged, length, ahead)
     for i in riders:
         batch.rows[i].uncommitted = False
-    return logits
+    run.cache.commit([length] * len(riders), riders)
+    return run.phase(drafted, run, view, logits)
 
 
-def draft_whole(run: Run, rows: list[int], block: Tensor, masked: Tensor) -> Tensor:
-    """The same from a forward over everything up to the blocks' ends."""
-    batch = run.batch
+def whole_inputs(run: Run, rows: list[int]) -> tuple[View, Inputs]:
+    """The blocks of ``rows``, and with everything before them as one forward's inputs."""
+    batch, index = run.batch, run.batch.index(rows)
     ends = [batch.rows[i].start + batch.block_length for i in rows]
-    index = batch.index(rows)
-    ids = batch.tokens[index, : max(ends)]
-    positions = torch.arange(max(ends), device=index.device).expand_as(ids)
-    return run.forward("draft", rows, ids, positions, prefix_mask(run, ends), logits_at=batch.positions(index))
+    ids, block = batch.tokens[index, : max(ends)], batch.block(index)
+    positions = torch.arange(max(ends), device=ids.device).expand_as(ids)
+    inputs = Inputs(ids, positions, index, prefix_mask(run, ends), logits_at=batch.positions(index))
+    return View(index, block, block == batch.mask_id), inputs
 
 
-def route(run: Run, rows: list[int], draft: Draft) -> Picked:
+def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | None) -> View:
+    """The blocks of rows ``index [b]``, and of the commits that ``ride [r]`` along, as one forward's inputs; ``ahead [b + r]``."""
+    batch, options, length = run.batch, run.cache_options, run.batch.block_length
+    block, positions = batch.block(index), batch.positions(index)
+    masked = block == batch.mask_id
+    known, mask = torch.zeros_like(index), None
+    if options.draft_ver:
+        known = torch.where(masked.any(-1), masked.int().argmax(-1), length)
+        mask = masks.causal_until(known, length)
+    ids, entries = block, index
+    if ride is not None:
+        entries = torch.cat([index, ride])
+        ids = torch.cat([ids, batch.block(ride, back=length)])
+        positions = torch.cat([positions, batch.positions(ride, back=length)])
+        if options.draft_ver or options.cache_ver:
+            final = torch.full_like(ride, length if options.cache_ver else 0)
+            mask = masks.causal_until(torch.cat([known, final]), length)
+    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, leading=len(index)))
+    return View(index, block, masked, staged)
+
+
+def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
+    """A token and its confidence at every position, known tokens edited, and what the policy wishes to verify (`shared.spans.wishes`).
+
+    The block of the draft is the edited one: what is verified, filled and written next builds on it.
+    """
+    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
+    logits, uniform = run.rule_out(logits), None
+    if sampling.temperature >= GREEDY_BELOW:
+        uniform = batch.uniforms.take(view.index, length, length)
+    tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
+    better = confidence > run.options.editing.editing_threshold
+    block = batch.edit(view.index, view.block, view.masked, tokens, better)
+    entry = torch.arange(len(view.index), device=tokens.device)
+    decoded = batch.decoded[view.index]
+    draft = Draft(view.index, block, view.masked, tokens, confidence, logits, entry, decoded, sampling)
+    return draft, wishes(run.policy, draft, whole=run.whole_verify)
+
+
+def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
     """Which of the rows that have something masked to verify, and how far."""
     candidates = [k for k, i in enumerate(rows) if i not in run.batch.resting]
-    everywhere = run.acceptance.ssd_ratio_threshold >= 0 and run.acceptance.ssd_threshold_all_spans
-    whole = everywhere or not (run.speculative and run.options.savings.short_verify)
-    return pick(run.policy, draft, run.engine, candidates, whole=whole)
+    return pick(run.policy, wish, run.engine, candidates, whole=run.whole_verify)
 
 
-def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor, Tensor]:
-    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick").
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Rows of a draft that were verified, ``index [v]`` (None: all of them), at the in-block positions ``queries [v, M]``, and the verifier's logits."""
 
-    Returns the choice so far, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
-    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?
-    """
-    choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
-    finite = torch.ones_like(draft.rows, dtype=torch.bool)
-    if picked.index:
-        batch, options = run.batch, run.options
-        index = batch.index(picked.index)
-        part = draft if len(picked.index) == len(rows) else draft.select(index)
-        asked = span_inputs(part, picked, batch.start[part.rows], batch.mask_id)
-        at = slice(picked.tokens, None)
-        these = [rows[k] for k in picked.index]
-        logits = run.forward("verify", these, asked.ids, asked.positions, asked.mask, logits_at=at)
-        verdict = run.judge(part, logits, asked.queries, options.acceptance, options.sampling, batch.uniforms)
-        finite[index] = verdict.finite
-        choice.put(index, verified_choice(part, verdict, options.acceptance))
-        end = part.first_masked + part.span.sum(-1)
-        reach[index] = end if options.savings.short_verify else batch.block_length
+    index: Tensor | None
+    queries: Tensor
+    logits: Tensor
+
+
+def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> Verified | None:
+    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick")."""
+    if not picked.index:
+        return None
+    index = None if len(picked.index) == len(rows) else run.batch.index(picked.index)
+    queries, staged = run.phase(verify_inputs, run, draft, index, picked.tokens, picked.queries)
+    these = [rows[k] for k in picked.index]
+    return Verified(index, queries, run.forward("verify", these, staged, picked.tokens + picked.queries))
+
+
+def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int, queries: int):
+    """``(queries [v, M], inputs)`` of a verify over the first ``tokens`` of the block; a query beyond the span stands at ``L``."""
+    part = draft if index is None else draft.select(index)
+    asked = span_inputs(part, tokens, queries, run.batch.start[part.rows], run.batch.mask_id)
+    inputs = Inputs(asked.ids, asked.positions, part.rows, asked.mask, logits_at=asked.wanted)
+    return asked.queries, run.engine.stage(inputs)
+
+
+def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
+    """Decide the step, and read which blocks are finished; if logits were not finite, say in which layer that began."""
+    try:
+        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+    except FloatingPointError as error:
+        length = run.batch.block_length
+        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
+        positions = run.batch.positions(draft.rows).repeat(1, 2)
+        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
+        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
+        raise FloatingPointError(f"{error}, first in {layer}") from None
+
+
+def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
+    """What the step writes: the verified prefix, then what it still owes by confidence. Returns what `Batch.settle` reads."""
+    choice, reach, finite = judged(run, draft, verified)
+    everyone = verified is not None and verified.index is None
+    if not everyone or run.options.unmask.num_to_transfer > 1:  # a verified row has gained one already
+        fill(run, draft, choice)
+    run.policy.observe(draft, reach > 0, choice.count)
+    return run.batch.record(draft, choice, reach, finite)
+
+
+def judged(run: Run, draft: Draft, verified: Verified | None) -> tuple[Choice, Tensor, Tensor]:
+    """The choice after verification, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
+    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?"""
+    if verified is not None and verified.index is None:
+        choice, reach, finite = verdict_on(run, draft, verified)
+    else:
+        choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
+        finite = torch.ones_like(draft.rows, dtype=torch.bool)
+        if verified is not None:
+            at = verified.index
+            chosen, reach[at], finite[at] = verdict_on(run, draft.select(at), verified)
+            choice.put(at, chosen)
     if run.acceptance.always_check_high_confidence:
         take_confident(choice, draft, run.options.unmask)
     return choice, reach, finite
 
 
-def fill(run: Run, rows: list[int], draft: Draft, choice: Choice, picked: Picked) -> None:
+def verdict_on(run: Run, draft: Draft, verified: Verified) -> tuple[Choice, Tensor, Tensor]:
+    """The same for a draft all of whose rows were verified."""
+    options, logits = run.options, run.rule_out(verified.logits)
+    verdict = run.judge(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
+    short = options.savings.short_verify
+    reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
+    return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
+
+
+def fill(run: Run, draft: Draft, choice: Choice) -> None:
     """Fill what the step still owes: every draft above the threshold, or the surest ones where those are too few."""
     unmask = run.options.unmask
-    verified = len(picked.index) + len(run.batch.resting.intersection(rows)) == len(rows)
-    if verified and unmask.num_to_transfer == 1:  # a verified row has gained one already
-        return
-    due = (draft.masked.sum(-1).clamp(max=unmask.num_to_transfer) - choice.count).clamp(min=0)
+    due = draft.masked.sum(-1).clamp(max=unmask.num_to_transfer) - choice.count
     eligible = draft.masked & ~choice.take & (due > 0)[:, None]
-    take, _ = above_threshold(
-        draft.confidence, eligible, torch.minimum(due, eligible.sum(-1)), unmask.confidence_threshold
-    )
-    place = torch.arange(eligible.shape[1], device=eligible.device).expand_as(eligible)
-    choice.add(take, draft.tokens, How.UNMASKED, place)
-
-
-def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
-    """`Batch.write`; if the logits were not finite, say in which layer that began."""
-    try:
-        return run.batch.write(rows, draft, choice, reach, finite)
-    except FloatingPointError as error:
-        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
-        positions = run.batch.positions(draft.rows).repeat(1, 2)
-        window = run.engine.cache.window(ids.shape[1], rows)
-        mask = masks.two_copy_verify(run.batch.block_length, ids.device)
-        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
-        raise FloatingPointError(f"{error}, first in {layer}") from None
+    count = torch.minimum(due, eligible.sum(-1))
+    take, _ = above_threshold(draft.confidence, eligible, count, unmask.confidence_threshold)
+    choice.add(take, draft.tokens, How.UNMASKED)
 
 
 def is_encoded(run: Run, finished: Finished) -> bool:
@@ -378,8 +438,9 @@ def commit(run: Run, finished: list[Finished]) -> None:
         if now:
             index = batch.index(now)
             mask = masks.token_causal(length, index.device) if run.cache_options.cache_ver else None
-            run.forward("commit", now, batch.block(index), batch.positions(index), mask, logits_at=slice(0, 0))
-        run.engine.cache.commit([length] * len(encoded + now), encoded + now)
+            inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
+            run.forward("commit", now, inputs, length)
+        run.cache.commit([length] * len(encoded + now), encoded + now)
     batch.advance([f.row for f in finished if not f.last])
 
 

@@ -15,32 +15,28 @@ from shared.draft import Choice, Draft
 class Rows(Batch):
     """``resting``: rows whose next step is a post step, with nothing masked. ``rested``: those whose last step was one."""
 
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], blocks: Blocks, editing: Editing, *, rows: int, device, **common
-    ):
+    def __init__(self, prompts: Sequence[Sequence[int]], blocks: Blocks, editing: Editing, **common):
         self.most_posts = editing.max_post_steps
         super().__init__(
             prompts,
-            rows=rows,
             block_length=blocks.block_length,
             steps=blocks.block_length + self.most_posts,
             max_new_tokens=blocks.max_new_tokens,
             mask_id=blocks.mask_id,
             stop_ids=blocks.stopping_criteria_idx,
-            device=device,
             **common,
         )
         if not blocks.eos_early_stop:
             self._stops = self._stops[:0]
         self.resting: set[int] = set()
         self.rested: set[int] = set()
-        self.posts = torch.zeros(rows, dtype=torch.long, device=device)  # post steps of the current block
-        self.changed = torch.zeros(rows, dtype=torch.bool, device=device)  # did this step edit?
-        self._starts: list[list[int]] = [[] for _ in range(rows)]  # of the block of each iteration
+        self._starts: list[list[int]] = [[] for _ in self.rows]  # of the block of each iteration
+        self.posts = torch.zeros_like(self.start)  # post steps of the current block
+        self.changed = torch.zeros_like(self.start, dtype=torch.bool)  # did this step edit?
         self._replaced: Tensor | None = None  # [rows, old or new, iterations, L]: edited tokens, -1 elsewhere
         if editing.on:
-            shape = (rows, 2, self.spans.shape[2], self.block_length)
-            self._replaced = torch.full(shape, -1, dtype=torch.int32, device=device)
+            shape = (len(self.start), 2, self.spans.shape[2], self.block_length)
+            self._replaced = torch.full(shape, -1, dtype=torch.int32, device=self.start.device)
 
     def _place_request(self, i: int, position: int, request: int, prompt: list[int]) -> None:
         super()._place_request(i, position, request, prompt)
@@ -51,7 +47,7 @@ class Rows(Batch):
 
     def edit(self, rows: Tensor, block: Tensor, masked: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Begin a step of ``rows [b]``: the ``block [b, L]`` with ``tokens`` at those ``wanted`` positions that are known and not the prompt's."""
-        self.posts[rows] += ~masked.any(-1)
+        self.posts.index_add_(0, rows, (~masked.any(-1)).long())
         if self._replaced is None:
             return block
         replace = wanted & ~masked & (tokens != block) & (self.positions(rows) >= self.prompt_length[rows][:, None])
@@ -72,18 +68,18 @@ class Rows(Batch):
         """``[b]``: did the draft find everything known, and change nothing?"""
         return ~draft.masked.any(-1) & ~self.changed[draft.rows]
 
-    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
-        """As `Batch.write`. ``verified_to`` is the whole block also where a draft changed nothing: it has seen the final tokens."""
+    def record(self, draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> Tensor:
+        """As `Batch.record`. A draft that changed nothing has seen the whole block in its final form, as a verify may have."""
         if self.most_posts:
             reach = torch.where(self._settled(draft), self.block_length, reach)
-        return super().write(rows, draft, choice, reach, finite)
+        return super().record(draft, choice, reach, finite)
 
-    def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+    def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
         for i in rows:
             self._starts[i].append(self.rows[i].start)
         self.rested = self.resting.intersection(rows)
         self.resting = (self.resting - set(rows)) | {i for i, (left, *_) in zip(rows, read, strict=True) if left < 0}
-        return super()._settle(rows, read)
+        return super().settle(rows, read)
 
     def advance(self, rows: Sequence[int]) -> None:
         super().advance(rows)

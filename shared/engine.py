@@ -5,12 +5,40 @@ A decoder asks an `Engine` for every forward. What it computes is the same in al
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from shared.graphs import GraphRunner, Shape, sizes
 from shared.kv_cache import BlockCache, Window
 from shared.options import Runtime
+from shared.phases import Phases, call
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What one forward reads: ``ids, positions [b, T]``, the local mask, and where logits are wanted (see `Engine.forward`).
+
+    ``rows [b]`` are cache rows; entry ``i`` sees ``ahead[i]`` more tokens than are committed for its row (None: no entry does).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    mask: Tensor | None = None
+    ahead: Tensor | None = None
+    logits_at: Tensor | None = None
+    leading: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Inputs that lie where a graph will read them."""
+
+    shape: Shape
+    leading: int
 
 
 class Engine:
@@ -24,6 +52,7 @@ class Engine:
         self.cache: BlockCache = model.new_cache(rows, slots)
         self.fast = None if runtime.fast is False else model.fast(required=bool(runtime.fast))
         self.runner = None
+        self.phases: Phases | None = None  # of the last decode
         if self.fast is not None and runtime.graphs is not False and model.device.type == "cuda":
             self.runner = GraphRunner(self._fast_forward, model.device)
             self.runner.capture(self.shapes(rows))
@@ -51,6 +80,15 @@ class Engine:
             and self.cache.keys.device == self.model.device
             and (self.fast is None or self.fast.current())
         )
+
+    def phases_for(self, signature: Hashable, owners: Sequence[object]) -> Callable:
+        """How the phases of a decode are run: in graphs where forwards are; else they are called. See `shared.phases.Phases`."""
+        if self.runner is None:
+            return call
+        if self.phases is None or not self.phases.adopt(signature, owners):
+            self.phases = None  # frees its memory before the new ones take theirs
+            self.phases = Phases(signature, owners, self.runner.owns)
+        return self.phases
 
     @property
     def capture_seconds(self) -> float:
@@ -102,3 +140,23 @@ class Engine:
         if isinstance(logits_at, slice):
             picked = torch.arange(input_ids.shape[1], device=input_ids.device)[logits_at].expand(leading, -1)
         return call(input_ids, position_ids, window.row_index, window.prefix, local_mask, picked, leading)
+
+    def stage(self, inputs: Inputs) -> Inputs | Staged:
+        """Put the inputs of a forward where its graph reads them. No host read: a phase may end with this."""
+        if self.runner is None:
+            return inputs
+        leading = len(inputs.ids) if inputs.leading is None else inputs.leading
+        prefix = self.cache.length[inputs.rows]
+        prefix = prefix if inputs.ahead is None else prefix + inputs.ahead
+        shape = self.runner.stage(
+            inputs.ids, inputs.positions, inputs.rows, prefix, inputs.mask, inputs.logits_at, leading
+        )
+        return inputs if shape is None else Staged(shape, leading)
+
+    def run(self, staged: Inputs | Staged, window: Window) -> Tensor:
+        """The logits of `forward` for inputs that have been through `stage`; ``window`` is their place in the cache."""
+        if isinstance(staged, Staged):
+            return self.runner.replay(staged.shape, staged.leading)
+        return self.forward(
+            staged.ids, staged.positions, window, staged.mask, leading=staged.leading, logits_at=staged.logits_at
+        )

@@ -129,16 +129,22 @@ class GraphRunner:
         leading: int | None = None,
     ) -> Tensor:
         """Logits ``[leading, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``leading`` first entries get logits (default: all)."""
+        leading = len(input_ids) if leading is None else leading
+        inputs = (input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading)
+        shape = self.stage(*inputs)
+        return self.forward(*inputs) if shape is None else self.replay(shape, leading)
+
+    def stage(self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading: int) -> Shape | None:
+        """Copy the inputs of a forward to the smallest graph that can run it; None, and nothing copied, where none can. No host read."""
         batch, tokens = input_ids.shape
-        leading = batch if leading is None else leading
         wanted = Shape(leading, tokens, 0 if logits_at is None else logits_at.shape[1], batch - leading)
         shape = best_fit(self.captured, wanted)
         if shape is None:
-            return self.forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading)
-        captured = self.captured[shape]
+            return None
+        buffers = self.captured[shape].inputs
         given = (input_ids, position_ids, rows, prefixes, True if local_mask is None else local_mask)
         exact = wanted.leading == shape.leading
-        for buffer, value in zip(captured.inputs.values(), given, strict=False):
+        for buffer, value in zip(buffers.values(), given, strict=False):
             if exact or isinstance(value, bool):
                 buffer[:batch] = value
             else:
@@ -146,9 +152,18 @@ class GraphRunner:
                 buffer[:leading] = per_entry[:leading]
                 buffer[shape.leading : shape.leading + batch - leading] = per_entry[leading:]
         if shape.picks:
-            captured.inputs["logits_at"][:leading] = logits_at
-        padding = captured.inputs["rows"]
-        padding[leading : shape.leading] = -1
-        padding[shape.leading + batch - leading :] = -1
+            buffers["logits_at"][:leading] = logits_at
+        for padding in (buffers["rows"][leading : shape.leading], buffers["rows"][shape.leading + batch - leading :]):
+            if len(padding):
+                padding.fill_(-1)
+        return shape
+
+    def replay(self, shape: Shape, leading: int) -> Tensor:
+        """Run the graph whose inputs have been staged; logits of its ``leading`` first entries."""
+        captured = self.captured[shape]
         captured.graph.replay()
         return captured.logits[:leading]
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Is this what a replay returns?"""
+        return any(tensor.data_ptr() == logits.data_ptr() for logits in self._logits.values())

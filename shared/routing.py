@@ -50,7 +50,7 @@ class MaskSpanLength(Policy):
 
     def decide(self, draft: Draft) -> Tensor:
         shortest = self.options.min_ssd_span_length
-        verify = draft.span.sum(-1) >= shortest
+        verify = draft.span_length >= shortest
         if self.options.legacy_ssd_span_strategy:
             verify |= confident(draft, self.unmask) < draft.masked.sum(-1).clamp(max=shortest)
         return verify
@@ -116,14 +116,16 @@ class ContextualBanditUCB(Policy):
         self.tries = torch.zeros(rows, 2, buckets, dtype=torch.float64, device=device)
         self.reward = torch.zeros_like(self.tries)
         self.time = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.current: Tensor | None = None  # the buckets of the last decision, for the observation that follows it
+        self.current = torch.zeros(
+            rows, dtype=torch.long, device=device
+        )  # buckets of the last decision, to be observed
 
     def bucket(self, draft: Draft) -> Tensor:
         """``[b]`` index of each row's context."""
         length = draft.masked.shape[1]
         where = draft.span if self.options.ucb_entropy_source == "span" else draft.masked
         mean_entropy = (normalized_entropy(draft.log_weights) * where).sum(-1) / where.sum(-1).clamp(min=1)
-        values = (draft.span.sum(-1), draft.decoded / length, mean_entropy)
+        values = (draft.span_length, draft.decoded / length, mean_entropy)
         ranges = ((1, length), (0, 1), (0, 1))
         index = torch.zeros_like(draft.rows)
         for value, (low, high), bins in zip(values, ranges, self.bins, strict=True):
@@ -132,14 +134,14 @@ class ContextualBanditUCB(Policy):
 
     def decide(self, draft: Draft) -> Tensor:
         self.time[draft.rows] += draft.masked.any(-1)
-        self.current = bucket = self.bucket(draft)
+        self.current[draft.rows] = bucket = self.bucket(draft)
         tries, reward = self.tries[draft.rows, :, bucket], self.reward[draft.rows, :, bucket]
         width = (self.time[draft.rows, None].log() / tries).sqrt() * self.options.ucb_beta
         bound = torch.where(tries > 0, reward / tries + width, torch.inf)
         return bound[:, 1] >= bound[:, 0]
 
     def observe(self, draft: Draft, decision: Tensor, count: Tensor) -> None:
-        arm, bucket = decision.long(), self.current
+        arm, bucket = decision.long(), self.current[draft.rows]
         self.tries[draft.rows, arm, bucket] += draft.masked.any(-1)
         self.reward[draft.rows, arm, bucket] += count / (1.0 + arm)
 

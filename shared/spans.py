@@ -18,6 +18,18 @@ from shared.engine import Engine
 from shared.routing import Policy
 
 
+def wishes(policy: Policy, draft: Draft, *, whole: bool) -> Tensor | None:
+    """``[b, 3]``: does the policy want the first masked span verified, where does that end, and how long is it?
+
+    None where nobody needs to read that: the policy never changes its mind, and what it wants is nothing or ``whole`` blocks. No host read.
+    """
+    decision = policy.decide(draft)
+    if policy.constant is False or (policy.constant and whole):
+        return None
+    span = draft.span_length
+    return torch.stack([decision.long(), draft.first_masked + span, span], 1)
+
+
 @dataclass(frozen=True)
 class Picked:
     """Rows of a draft to verify (indices into it), and how far: ``tokens`` of the block and ``queries`` mask tokens of the span."""
@@ -27,16 +39,15 @@ class Picked:
     queries: int
 
 
-def pick(policy: Policy, draft: Draft, engine: Engine, candidates: Sequence[int], *, whole: bool) -> Picked:
-    """Ask the policy, and measure the spans of the rows it picks out of ``candidates``, which have some. ``whole``: verify whole blocks.
+def pick(policy: Policy, wish: Tensor | None, engine: Engine, candidates: Sequence[int], *, whole: bool) -> Picked:
+    """Which of the ``candidates``, rows of a draft that have a span, are verified, and how much a verify of them all has to carry.
 
-    At most one packed read; none where the answer does not depend on the draft.
+    One packed read of ``wish`` (see `wishes`), or none.
     """
-    decision, length = policy.decide(draft), draft.block.shape[1]
-    if policy.constant is False or (policy.constant and whole) or not candidates:
+    length = engine.block_length
+    if wish is None or not candidates:
         return Picked(list(candidates) if policy.constant else [], length, length)
-    span = draft.span.sum(-1)
-    read = torch.stack([decision.long(), draft.first_masked + span, span], 1).tolist()
+    read = wish.tolist()
     index = [k for k in candidates if read[k][0]]
     if whole or not index:
         return Picked(index, length, length)
@@ -44,28 +55,31 @@ def pick(policy: Policy, draft: Draft, engine: Engine, candidates: Sequence[int]
     return Picked(index, engine.verify_tokens(tokens), engine.queries(queries))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SpanInputs:
-    """A verify forward of ``b`` rows over ``T = E + M`` tokens: E of the drafted block, M mask queries.
+    """A verify forward of ``v`` rows over ``T = E + M`` tokens: E of the drafted block, M mask queries.
 
-    ``ids, positions [b, T]``, ``mask [b, T, T]``; ``queries [b, M]``: in-block positions the queries stand at, ascending (L: padding).
+    ``ids, positions [v, T]``, ``mask [v, T, T]``; ``queries [v, M]``: in-block positions the queries stand at, ascending (L: padding); ``wanted [v, M]``:
+    where in T they are.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     queries: Tensor
+    wanted: Tensor
 
 
-def span_inputs(part: Draft, picked: Picked, start: Tensor, mask_id: int) -> SpanInputs:
-    """Inputs for verifying the drafts ``part``, already those of the picked rows, whose blocks begin at positions ``start [b]``."""
-    length, device = part.block.shape[1], part.block.device
-    filled = torch.where(part.masked, part.tokens, part.block)[:, : picked.tokens]
-    queries = torch.arange(picked.queries, device=device).expand(len(filled), -1)
-    if picked.queries < length:
-        queries = queries + part.first_masked[:, None]
-        queries = torch.where(queries < (part.first_masked + part.span.sum(-1))[:, None], queries, length)
-    ids = torch.cat([filled, torch.full_like(queries, mask_id)], 1)
-    place = torch.cat([torch.arange(picked.tokens, device=device).expand_as(filled), queries], 1)
-    positions = start[:, None] + place.clamp(max=length - 1)
-    return SpanInputs(ids, positions, masks.span_verify(queries, picked.tokens), queries)
+def span_inputs(draft: Draft, tokens: int, queries: int, start: Tensor, mask_id: int) -> SpanInputs:
+    """A verify of the spans of ``draft``, whose blocks begin at positions ``start [v]``, over the first ``tokens`` of them. No host read."""
+    length, device = draft.block.shape[1], draft.block.device
+    filled = torch.where(draft.masked, draft.tokens, draft.block)[:, :tokens]
+    place = torch.arange(tokens, device=device).expand_as(filled)
+    asked = torch.arange(queries, device=device).expand(len(filled), -1)
+    if queries < length:
+        asked = asked + draft.first_masked[:, None]
+        asked = torch.where(asked < (draft.first_masked + draft.span_length)[:, None], asked, length)
+    ids = torch.cat([filled, torch.full_like(asked, mask_id)], 1)
+    positions = start[:, None] + torch.cat([place, asked.clamp(max=length - 1)], 1)
+    wanted = torch.arange(tokens, tokens + queries, device=device).expand(len(filled), -1)
+    return SpanInputs(ids, positions, masks.span_verify(asked, tokens), asked, wanted)

@@ -26,7 +26,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
 _LOG2_E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

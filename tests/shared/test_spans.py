@@ -9,13 +9,13 @@ from shared.draft import Draft
 from shared.masks import two_copy_verify
 from shared.options import Sampling
 from shared.routing import Policy
-from shared.spans import Picked, pick, span_inputs
+from shared.spans import Picked, pick, span_inputs, wishes
 
 MASK = 99
 # Spans: [1, 2] of the first row, [2] of the second, all four of the third.
 MASKED = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]]).bool()
-EXACT = SimpleNamespace(verify_tokens=lambda n: n, queries=lambda n: n)
-ROUNDED = SimpleNamespace(verify_tokens=lambda n: 4, queries=lambda n: max(n, 2))
+EXACT = SimpleNamespace(block_length=4, verify_tokens=lambda n: n, queries=lambda n: n)
+ROUNDED = SimpleNamespace(block_length=4, verify_tokens=lambda n: 4, queries=lambda n: max(n, 2))
 
 
 def make_draft() -> Draft:
@@ -34,6 +34,10 @@ class Wants(Policy):
         return self.rows.bool()
 
 
+def picked(policy, engine, candidates, whole) -> Picked:
+    return pick(policy, wishes(policy, make_draft(), whole=whole), engine, candidates, whole=whole)
+
+
 @pytest.mark.parametrize(
     ("engine", "candidates", "whole", "want"),
     [
@@ -47,19 +51,22 @@ class Wants(Policy):
 )
 def test_pick(engine, candidates, whole, want):
     policy = Wants(1, 1, 0)
-    assert pick(policy, make_draft(), engine, candidates, whole=whole) == want
+    assert picked(policy, engine, candidates, whole) == want
     assert policy.asked == 1, "a policy with a memory sees every draft, whoever may be verified"
 
 
 def test_pick_of_a_policy_that_never_changes_its_mind():
-    assert pick(Wants(0, 0, 0, constant=False), make_draft(), EXACT, [0, 1], whole=False).index == []
-    assert pick(Wants(1, 1, 1, constant=True), make_draft(), EXACT, [0, 2], whole=True) == Picked([0, 2], 4, 4)
-    assert pick(Wants(1, 1, 1, constant=True), make_draft(), EXACT, [0], whole=False) == Picked([0], 3, 2)
+    never, always = Wants(0, 0, 0, constant=False), Wants(1, 1, 1, constant=True)
+    assert picked(never, EXACT, [0, 1], False).index == []
+    assert picked(always, EXACT, [0, 2], True) == Picked([0, 2], 4, 4)
+    assert picked(always, EXACT, [0], False) == Picked([0], 3, 2)
+    assert wishes(never, make_draft(), whole=False) is None, "nothing to read"
+    assert wishes(always, make_draft(), whole=True) is None
 
 
 def test_inputs_of_whole_blocks_are_the_two_copies():
     start = torch.tensor([4, 8, 0])
-    asked = span_inputs(make_draft(), Picked([0, 1, 2], 4, 4), start, MASK)
+    asked = span_inputs(make_draft(), 4, 4, start, MASK)
     filled = torch.where(MASKED, make_draft().tokens, make_draft().block)
     assert torch.equal(asked.ids, torch.cat([filled, torch.full((3, 4), MASK)], 1))
     assert torch.equal(asked.positions, (start[:, None] + torch.arange(4)).repeat(1, 2))
@@ -68,7 +75,8 @@ def test_inputs_of_whole_blocks_are_the_two_copies():
 
 def test_inputs_of_spans():
     part = make_draft().select(torch.tensor([0, 1]))
-    asked = span_inputs(part, Picked([0, 1], 3, 2), torch.tensor([4, 8]), MASK)
+    asked = span_inputs(part, 3, 2, torch.tensor([4, 8]), MASK)
+    assert asked.wanted.tolist() == [[3, 4], [3, 4]]
     assert asked.queries.tolist() == [[1, 2], [2, 4]], "the second row has one query; the other is padding"
     assert asked.ids.tolist() == [[0, 149, 149, MASK, MASK], [4, 5, 149, MASK, MASK]]
     assert asked.positions.tolist() == [[4, 5, 6, 5, 6], [8, 9, 10, 10, 11]]
