@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llada2 import LLaDA2MoeModelLM, reference
+from llada2 import LLaDA2MoeModelLM, decoding, reference
 from llada2.generate_policy_utils import generate_ssd_policy
 from llada2.generate_utils import generate_cached, generate_nocache
 from llada2.options import (
@@ -22,8 +22,11 @@ from llada2.options import (
     StandardOptions,
     plain,
 )
+from shared.engine import Engine
 from shared.errors import UserError
+from shared.phases import Phases
 from tests import family_checks as checks
+from tests.recorder import recorder
 
 FOLDER = checks.golden_folder("LLaDA2")
 
@@ -153,6 +156,24 @@ def test_unsaved_equals_reference(decoder, flat):
     checks.check_equals_reference(family(), decoder, {**flat, **UNSAVED[decoder]}, prompts)
 
 
+@each_saved_setting
+def test_captured_phases_change_nothing(decoder, flat, monkeypatch):
+    """What runs between forwards, replayed into fixed memory as graphs would be: ids, order, edits and forwards stay."""
+    prompts = checks.draw_prompts(4, seed=12)
+    run = lambda: family().run(decoder, prompts, flat, seed=6, batch_size=2)  # noqa: E731
+    plain, made = run(), []
+
+    def phases_for(engine, signature, owners):
+        made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "phases_for", phases_for)
+    captured = run()
+    assert made[0]._captured, "nothing was captured"
+    assert captured.tokens == plain.tokens
+    assert [c.trace for c in captured.completions] == [c.trace for c in plain.completions]
+
+
 @each_distinct_setting
 def test_batch_equals_alone(decoder, flat):
     checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(5, seed=2), rows=3)
@@ -202,35 +223,22 @@ def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
         assert (saved.batch_tokens["verify"] < full.batch_tokens["verify"]) == spared
 
 
-def test_a_short_verify_touches_fewer_experts():
-    """Tokens and experts of the verify forwards of one text, counted at the routers."""
-    model, touched = family().model, Counter()
-
-    def watch(module, args, out):
-        if kind:
-            touched[kind[0]] += len(out[0].unique())
-
-    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    handles, kind, tokens = [gate.register_forward_hook(watch) for gate in gates], [], {}
-    forward = model.forward
-
-    def noted(ids, positions, window=None, mask=None, **rest):
-        kind[:] = [name] if isinstance(rest.get("logits_at"), slice) and rest["logits_at"].start else []
-        return forward(ids, positions, window, mask, **rest)
-
-    model.forward = noted
-    try:
-        for name, short in (("short", True), ("whole", False)):
-            out = generate_ssd_policy(model, [[1, 2, 3]], **BASE, do_verify_policy="always", short_verify=short)
-            tokens[name] = out.batch_tokens["verify"]
-    finally:
-        del model.forward
-        for handle in handles:
-            handle.remove()
-    (text,) = out.completions
-    assert tokens["whole"] == 2 * 8 * text.trace.forwards["verify"]
+def test_a_short_verify_touches_fewer_experts(monkeypatch):
+    """Tokens and experts of the verify forwards of one text, the latter counted at the routers."""
+    touched, tokens, kinds, original = Counter(), {}, [], decoding.Run.forward
+    gates = [layer.mlp.gate for layer in family().model.model.layers if hasattr(layer.mlp, "gate")]
+    note = lambda gate, args, out: touched.update({(name, kinds[-1]): len(out[0].unique())})  # noqa: E731
+    handles = [gate.register_forward_hook(note) for gate in gates]
+    monkeypatch.setattr(decoding.Run, "forward", lambda run, kind, *a: kinds.append(kind) or original(run, kind, *a))
+    for name, short in (("short", True), ("whole", False)):
+        out = family().run("speculative", [[1, 2, 3]], {**BASE, "do_verify_policy": "always", "short_verify": short})
+        tokens[name] = out.batch_tokens["verify"]
+    for handle in handles:
+        handle.remove()
+    assert tokens["whole"] == 2 * 8 * out.forwards["verify"]
     assert tokens["short"] < tokens["whole"]
-    assert 0 < touched["short"] < touched["whole"]
+    assert touched["short", "verify"] < touched["whole", "verify"]
+    assert touched["short", "draft"] == touched["whole", "draft"]
 
 
 @each_decoder
