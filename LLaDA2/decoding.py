@@ -191,11 +191,11 @@ def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms
 
 def resolve(model: LLaDA2MoeModelLM, options: NoCacheOptions, tokenizer=None) -> NoCacheOptions:
     """The options with every default that depends on the checkpoint filled in."""
-    blocks, runtime = options.blocks, options.runtime
+    blocks = options.blocks
     length = blocks.block_length or model.config.block_size
     mask_id, stop_ids = model.special_ids(blocks.mask_id, blocks.stopping_criteria_idx, tokenizer)
     blocks = replace(blocks, block_length=length, mask_id=mask_id, stopping_criteria_idx=stop_ids)
-    return replace(options, blocks=blocks, runtime=replace(runtime, fast=False) if blocks.as_bias else runtime)
+    return replace(options, blocks=blocks)
 
 
 def prefill(run: Run) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from llada2.configuration_llada2_moe import LLaDA2MoeConfig
 from shared.attention import attend
-from shared.errors import UserError
 from shared.experts import group_limited_top_k, mix_experts
 from shared.kv_cache import BlockCache, Window
 from shared.loading import CheckpointModel, special_ids
@@ -198,10 +197,11 @@ class LLaDA2MoeModelLM(CheckpointModel):
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
 
-    def fast(self, *, required: bool = False) -> None:
-        """This family has no GPU forward of its own yet: None, and `UserError` if ``required``."""
-        if required:
-            raise UserError("fast is True. Allowed: false; LLaDA2 runs on torch's own kernels")
+    def fast(self, *, required: bool = False):
+        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
+        from llada2.fast import FastLLaDA2
+
+        return FastLLaDA2.of(self, required)
 
     def forward(
         self,

@@ -96,10 +96,6 @@ class NoCacheOptions(FlatOptions):
     editing: Editing = field(default_factory=Editing)
     runtime: Runtime = field(default_factory=Runtime)
 
-    def __post_init__(self):
-        if self.blocks.as_bias and self.runtime.fast:
-            raise UserError("fast is True. Allowed with as_bias: false, a mask that is added needs the plain network")
-
 
 @dataclass(frozen=True, slots=True)
 class StandardOptions(NoCacheOptions):
@@ -124,7 +120,6 @@ class Options(StandardOptions):
     cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self):
-        NoCacheOptions.__post_init__(self)
         if self.blocks.as_bias and self.cache.cache_ver:
             raise UserError("cache_ver is True. Allowed with as_bias: false, prompts are encoded one way or the other")
 

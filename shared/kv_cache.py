@@ -112,6 +112,7 @@ class Window:
         self.row_index = cache.indices(rows)
         self.rows = None if everyone else self.row_index
         self._ahead, self._offsets = list(ahead), offsets
+        self.plain = self.width == tokens  # what is written is all that is seen besides the prefix
         self.extent = max(prefixes) + self.width
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:

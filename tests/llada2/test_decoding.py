@@ -384,7 +384,6 @@ def test_max_new_tokens_is_kept():
         ("plain", {"editing_treshold": 0.5}, "did you mean editing_threshold"),
         ("plain", {"num_to_transfer": 0}, "num_to_transfer is 0. Allowed: at least 1"),
         ("plain", {"max_post_steps": -1}, "max_post_steps is -1. Allowed: at least 0"),
-        ("plain", {"as_bias": True, "fast": True}, "fast is True. Allowed with as_bias: false"),
         ("speculative", {"as_bias": True, "cache_ver": True}, "cache_ver is True. Allowed with as_bias: false"),
         ("speculative", {"do_verify_policy": "score_treshold"}, "did you mean score_threshold"),
     ],

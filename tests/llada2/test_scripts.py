@@ -102,7 +102,6 @@ def test_trace_file_has_the_edits(checkpoint, capsys, tmp_path):
         (["--generate_fn", "nocache", "--fuse_commit", "true"], "unknown flag 'fuse_commit'"),
         (["--cache_ver"], "unknown flag 'cache_ver'"),
         (["--max_post_steps", "-1"], "max_post_steps is -1. Allowed: at least 0"),
-        (["--as_bias", "--fast"], "fast is True. Allowed with as_bias: false"),
         (["--prompt", ""], "empty"),
     ],
     ids=lambda a: " ".join(a)[:40] if isinstance(a, list) else None,
