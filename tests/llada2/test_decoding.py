@@ -370,6 +370,21 @@ def test_post_steps_are_capped(most):
     assert max(seen, default=0) == most, "the cap was reached, or the test is idle"
 
 
+@pytest.mark.parametrize("name", ["span1-posts", "hysteresis-posts", "exact-edited"])
+def test_at_most_two_packed_reads_a_step(name, monkeypatch):
+    """Whatever the number of rows; a text that ends is read once more, in a fixed number of pieces."""
+    reads, prompts = Counter(), checks.draw_prompts(5, seed=15)
+    for method in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, method)
+        note = lambda self, *a, _name=method, _original=original: reads.update([_name]) or _original(self, *a)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, method, note)
+    out = family().run("speculative", prompts, {**BASE, **SPECULATIVE[name]})
+    pieces = reads["__int__"] / len(prompts)  # one number a text, how many uniforms it used
+    assert pieces == 1
+    assert set(reads) <= {"tolist", "__int__"}
+    assert out.batch_forwards["draft"] < reads["tolist"] <= 2 * out.batch_forwards["draft"] + 6 * len(prompts)
+
+
 def test_max_new_tokens_is_kept():
     for decoder in DECODERS:
         for n in (1, 7, 8, 9):
