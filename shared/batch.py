@@ -62,6 +62,17 @@ def whole_blocks(tokens: int, block_length: int) -> int:
     return -(-tokens // block_length) * block_length
 
 
+def by_tokens(lengths: dict[int, int], most: int) -> list[list[int]]:
+    """The keys in groups of at most ``most`` tokens each, padding to the longest of the group counted in (a longer text is a group of its own)."""
+    groups: list[list[int]] = []
+    for row, length in lengths.items():
+        if groups and (len(groups[-1]) + 1) * max(length, *(lengths[i] for i in groups[-1])) <= most:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
 class Batch:
     """``rows`` texts at a time out of ``prompts``, known by their numbers in ``requests``. ``block_length`` L, ``steps`` S: see `shared.options.Blocks`."""
 
@@ -87,6 +98,7 @@ class Batch:
         self.waiting = deque(zip(range(len(prompts)), requests, map(list, prompts), strict=True))
         self.rows: list[Row | None] = [None] * rows
         self.forwards: Counter = Counter()
+        self.forward_tokens: Counter = Counter()
         self.capacity = self._capacity(prompts)
         allocated, width = max(rows, room[0]), max(self.capacity, room[1])
         iterations = 2 * steps * (width // block_length + 2)
@@ -155,9 +167,10 @@ class Batch:
         """``[b, L]``: ids of that block."""
         return self.tokens[rows[:, None], self.positions(rows, back)]
 
-    def count(self, kind: str, rows: Sequence[int]) -> None:
-        """One forward of this kind over these rows."""
+    def count(self, kind: str, rows: Sequence[int], tokens: int = 0) -> None:
+        """One forward of this kind over these rows, ``tokens`` in all."""
         self.forwards[kind] += 1
+        self.forward_tokens[kind] += tokens
         for i in rows:
             self.rows[i].forwards[kind] += 1
 
@@ -191,13 +204,13 @@ class Batch:
         self.step.index_add_(0, index, one)
         self.decoded.index_add_(0, index, choice.count)
         stops = (block[..., None] == self._stops).any(-1) & (positions >= self.prompt_length[index][:, None])
-        left, stop = self._left(block, stops), stops.any(-1)
+        left, stop = self._left(draft, block, stops), stops.any(-1)
         broken = ~torch.isfinite(draft.confidence).all(-1) * 1 + ~finite * 2
         as_drafted = ~(take & (choice.tokens != draft.tokens)).any(-1)
         return torch.stack([left, stop.long(), broken, reach * as_drafted], 1)
 
-    def _left(self, block: Tensor, stops: Tensor) -> Tensor:
-        """``[b]``: positions still to be decided before a block is finished. ``stops [b, L]``: generated stop tokens."""
+    def _left(self, draft: Draft, block: Tensor, stops: Tensor) -> Tensor:
+        """``[b]``: positions still to be decided before a block is finished. ``block, stops [b, L]``: ids after this step, generated stop tokens."""
         return (block == self.mask_id).sum(-1)
 
     def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
@@ -249,9 +262,14 @@ class Batch:
             tokens = tokens[: next((k for k, t in enumerate(tokens) if t in self.stop_ids), len(tokens))]
         return tokens
 
+    def _edits(self, i: int) -> list[tuple[int, int, int, int]]:
+        """`Trace.edits` of row ``i``'s text."""
+        return []
+
     def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
         """Take row ``i``'s finished text off the batch (device reads, once a text)."""
         row, end = self.rows[i], self._end(i)
+        edits = self._edits(i)
         self.rows[i] = None
         ids = self.tokens[i].tolist()
         used, exist = int(self.uniforms.cursor[i]), self.uniforms.available(row.position)
@@ -272,6 +290,7 @@ class Batch:
             verified_span=verified,
             accepted=accepted,
             forwards=dict(row.forwards),
+            edits=edits,
         )
         seconds = time.perf_counter() - row.began
         return Completion(row.request, tokens, trace, seconds, used, decode(tokens) if decode else None)

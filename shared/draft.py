@@ -25,6 +25,7 @@ class How(IntEnum):
     RATIO = 6  # a later draft whose acceptance ratio passed ssd_ratio_threshold
     CONFIDENT = 7  # a draft above confidence_threshold (always_check_high_confidence)
     NEXT = 8  # the token that follows a committed block, where the network predicts the next token
+    EDITED = 9  # a later, better token; what `Trace.edits` lists, never how a position was first decided
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,12 @@ class _Scored(Policy):
         self.options, self.estimation, self.unmask = routing, estimation, unmask
 
     def score(self, draft: Draft) -> Tensor:
-        """``[b]``: ``E[K] - c`` (static) or ``E[K] - c x confident positions`` (dynamic)."""
+        """``[b]``: ``E[K] - c`` (static) or ``E[K] - c x confident positions`` (dynamic); minus infinity where nothing is masked."""
         alpha = estimate(draft.log_weights, draft.confidence, self.estimation)
         gain = expected_accepted_length(alpha, draft.span)
         dynamic = self.options.do_verify_score_type == "difference_dynamic"
-        return gain - self.options.score_penalty_coef * (confident(draft, self.unmask) if dynamic else 1)
+        score = gain - self.options.score_penalty_coef * (confident(draft, self.unmask) if dynamic else 1)
+        return score.masked_fill(~draft.masked.any(-1), -torch.inf)
 
 
 class ScoreThreshold(_Scored):
@@ -104,7 +105,8 @@ class ScoreHysteresis(_Scored):
 class ContextualBanditUCB(Policy):
     """Two arms (skip, verify) per context bucket, upper confidence bound, reward = tokens per forward of the step.
 
-    A bucket is (span length, block progress, draft entropy), each binned. An arm never tried scores infinity; ties verify.
+    A bucket is (span length, block progress, draft entropy), each binned. An arm never tried scores infinity; ties verify. A step with nothing masked
+    is no trial.
     """
 
     def __init__(self, bandit: Bandit, rows: int, device):
@@ -131,7 +133,7 @@ class ContextualBanditUCB(Policy):
         return index
 
     def decide(self, draft: Draft) -> Tensor:
-        self.time[draft.rows] += 1
+        self.time[draft.rows] += draft.masked.any(-1)
         self.current[draft.rows] = bucket = self.bucket(draft)
         tries, reward = self.tries[draft.rows, :, bucket], self.reward[draft.rows, :, bucket]
         width = (self.time[draft.rows, None].log() / tries).sqrt() * self.options.ucb_beta
@@ -140,7 +142,7 @@ class ContextualBanditUCB(Policy):
 
     def observe(self, draft: Draft, decision: Tensor, count: Tensor) -> None:
         arm, bucket = decision.long(), self.current[draft.rows]
-        self.tries[draft.rows, arm, bucket] += 1
+        self.tries[draft.rows, arm, bucket] += draft.masked.any(-1)
         self.reward[draft.rows, arm, bucket] += count / (1.0 + arm)
 
     def reset(self, rows: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ speculative-sampling rule of Leviathan et al. 2023 (algorithm 1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,10 +127,11 @@ def take_confident(choice: Choice, draft: Draft, options: Unmask) -> None:
     choice.add(confident, draft.tokens, How.CONFIDENT, -draft.confidence)
 
 
-def losslessness(options) -> Lossless:
+def losslessness(options, more: Mapping[str, bool] | None = None) -> Lossless:
     """Whether ``options`` make a self-speculative decoder follow block-size-one decoding exactly, and the reason.
 
     ``options`` has the groups ``sampling, blocks`` (resolved), ``acceptance, routing, cache``. Without ``denoising_steps`` a step has no quota to fill.
+    ``more``: reasons of the family's own, and whether each holds.
     """
     acceptance, routing = options.acceptance, options.routing
     broken = {
@@ -150,7 +152,7 @@ def losslessness(options) -> Lossless:
             acceptance.acceptance == "published" and options.sampling.temperature < GREEDY_BELOW
         ),
     }
-    reasons = [reason for reason, is_broken in broken.items() if is_broken]
+    reasons = [reason for reason, is_broken in {**(more or {}), **broken}.items() if is_broken]
     if reasons:
         return Lossless(False, "; ".join(reasons))
     law = "greedy text" if options.sampling.temperature < GREEDY_BELOW else "sampling law"

@@ -302,6 +302,8 @@ def test_losslessness():
     both = losslessness(options(cache_ver=False, do_verify_policy="score_threshold"))
     assert not both.lossless
     assert both.reason.count(";") == 1, "every reason is told"
+    own = losslessness(options(), {"the family edits": True, "and more": False})
+    assert own == (False, "the family edits")
 
 
 @pytest.mark.parametrize(
