@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from shared.errors import UserError
 from shared.options import FlatOptions
 
-CALL_KEYWORDS = ("attention_mask", "seed", "batch_size", "tokenizer", "requests", "on_block", "on_finish", "judge")
+CALL_KEYWORDS = (
+    "attention_mask",
+    "seed",
+    "batch_size",
+    "tokenizer",
+    "requests",
+    "stop",
+    "on_block",
+    "on_finish",
+    "judge",
+)
 
 
 def split_call(kind: type[FlatOptions], options, flat: dict) -> tuple[FlatOptions, dict]:
