@@ -12,12 +12,12 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
-from eval.make_tasks import lines
 from eval.model import DraftAndVerifyLM
 from sdar import SDARForCausalLM
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
 from shared.scoring import block_size_one_scores
+from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
 ROOT = Path(__file__).parents[2]
