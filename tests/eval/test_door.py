@@ -102,9 +102,9 @@ def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatc
     monkeypatch.setattr(again._store, "append", lambda record: (decoded.append(record), append(record)))
     assert again.generate_until(requests) == texts
     assert len(decoded) == 2
-    assert DraftAndVerifyLM(**keys, resume=True)._store.found.keys() == {r["key"] for r in again._spent}
+    assert DraftAndVerifyLM(**keys, resume=True)._store.found.keys() == {r["key"] for r in again.spent}
     other = DraftAndVerifyLM(**{**keys, "seed": 1}, resume=True)
-    assert not other._store.found.keys() & {r["key"] for r in other._spent}
+    assert not other._store.found.keys() & {r["key"] for r in other.spent}
 
 
 def test_stop_strings_end_decoding():
@@ -112,7 +112,7 @@ def test_stop_strings_end_decoding():
     prompts = problems("word_problems", 4)
     whole = lm.generate_until(requests_of(lm, prompts))
     spent = lm.get_model_info()["decoding"]["forwards"]["draft"]
-    lm._spent.clear()
+    lm.spent.clear()
     cut = lm.generate_until(
         [Instance("generate_until", {}, (r.args[0], {"until": [","]}), 0) for r in requests_of(lm, prompts)]
     )
