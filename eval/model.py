@@ -64,6 +64,8 @@ class DraftAndVerifyLM(TemplateLM):
         self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
         self._model_name = str(pretrained)
         self._traces = bool(traces)
+        self.judge = None  # replaces `shared.verify.judge`, to look on while it decides
+        self._store = Store(None, self._rank, resume=False)
         self.keep(predictions, bool(resume))
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
@@ -77,6 +79,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def keep(self, predictions: str | Path | None, resume: bool) -> None:
         """Finished texts go to this folder from now on; what was spent is counted anew."""
+        self._store.close()
         self._store = Store(predictions, self._rank, resume)
         self.spent: list[dict] = []
         self.lossless: tuple[bool, str] | None = None
@@ -170,7 +173,13 @@ class DraftAndVerifyLM(TemplateLM):
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
 
         def keep(key: str, record: dict) -> None:
-            about = {"key": key, "task": todo[key].task_name, "doc": todo[key].doc_id, "rank": self._rank, "call": call}
+            about = {
+                "key": key,
+                "task": todo[key].task_name,
+                "doc": todo[key].doc_id,
+                "process": self._rank,
+                "call": call,
+            }
             records[key] = {**about, **record, "at": time.perf_counter() - began}
             self._store.append(records[key])
 
@@ -182,7 +191,7 @@ class DraftAndVerifyLM(TemplateLM):
         by_number = dict(zip(numbers, keys, strict=True))
         output = self._decoder.generate(
             self.model, prompts, options, tokenizer=self.tokenizer, batch_size=min(self.batch_size, len(prompts)),
-            seed=self._seed, requests=numbers, stop=stop,
+            seed=self._seed, requests=numbers, stop=stop, **({"judge": self.judge} if self.judge else {}),
             on_finish=lambda completion: keep(by_number[completion.request], self._record(completion)),
         )  # fmt: skip
         self.lossless = (output.lossless, output.lossless_reason)
@@ -261,6 +270,11 @@ class DraftAndVerifyLM(TemplateLM):
         return results
 
     # What lm-eval asks of a model.
+
+    @property
+    def found(self) -> dict[str, dict]:
+        """Texts that an earlier run left, by key."""
+        return self._store.found
 
     @property
     def eot_token_id(self) -> int:

@@ -55,7 +55,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def trace_of(completion: Completion) -> dict:
-    """What the comparison needs of a text's trace, position by position of the returned tokens, and of each verify ``[span, accepted]``."""
+    """What the comparison needs of a text's trace, position by position of the returned tokens, and of each verify ``[step, span, accepted]``."""
     trace, first = completion.trace, completion.trace.prompt_length
     part = slice(first, first + len(completion.tokens))
     return {
@@ -64,5 +64,5 @@ def trace_of(completion: Completion) -> dict:
         "how": trace.how_of[part],
         "rank": trace.rank_of[part],
         "confidence": [round(c, 4) for c in trace.confidence_of[part]],
-        "verified": [[s, a] for s, a in zip(trace.verified_span, trace.accepted, strict=True) if s],
+        "verified": [[k, s, a] for k, (s, a) in enumerate(zip(trace.verified_span, trace.accepted, strict=True)) if s],
     }
