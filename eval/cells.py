@@ -17,6 +17,7 @@ from shared.draft import How
 from shared.errors import UserError, unknown_name
 
 TASKS = Path(__file__).parent / "tasks"
+FEWSHOT_SEED = 1234  # lm-eval's own
 OFFLINE = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 
 
@@ -33,6 +34,7 @@ class Bench:
         )  # fmt: skip
         others = any(a.task not in OFFLINE for a in grid.tasks)
         self.tasks = TaskManager(include_path=str(TASKS), include_defaults=others)
+        self._loaded: dict[str, dict] = {}
         self._baselines: dict[str, dict[int, list[int]]] = {}
 
     def measure(self, setting: Setting, asked: Asked) -> dict | None:
@@ -56,15 +58,31 @@ class Bench:
         return cell
 
     def _evaluate(self, asked: Asked, problems: int | None) -> list[dict] | None:
-        """lm-eval's samples of the task, by its own judge."""
-        from lm_eval import simple_evaluate
+        """lm-eval's samples of the task, by its own judge. Not by its `simple_evaluate`, which asks pip for every package each time."""
+        from lm_eval import evaluate
 
         with quiet():
-            found = simple_evaluate(
-                model=self.lm, tasks=[asked.task], task_manager=self.tasks, limit=problems, bootstrap_iters=0, log_samples=True,
-                num_fewshot=self.grid.num_fewshot, apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
+            found = evaluate(
+                lm=self.lm, task_dict=self._load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
+                apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
             )  # fmt: skip
         return None if found is None else found["samples"][asked.task]
+
+    def _load(self, asked: Asked) -> dict:
+        """The task with the grid's number of examples in its prompts."""
+        if asked.task not in self._loaded:
+            loaded = self.tasks.load([asked.task])
+            if len(loaded["tasks"]) != 1:
+                raise UserError(
+                    f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
+                )
+            for task in loaded["tasks"].values():
+                asked_for, own = self.grid.num_fewshot, task.get_config("num_fewshot")
+                if own is None or (asked_for is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=asked_for or 0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._loaded[asked.task] = loaded
+        return self._loaded[asked.task]
 
     def _baseline(self, asked: Asked) -> dict[int, list[int]]:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""

@@ -21,7 +21,7 @@ THEMES = {
     "light": {"ground": "#ffffff", "ink": "#1d2330", "line": "#dfe2e8"},
     "dark": {"ground": "#1a1f29", "ink": "#e6e9ef", "line": "#343c4b"},
 }
-HUES = ("#4d86e8", "#e58a3a", "#35a36a", "#9b7be0", "#d8577f", "#2fa9b5", "#b59a2d")
+HUES = ("#4d86e8", "#e58a3a", "#35a36a", "#9b7be0", "#d8577f", "#2fa9b5", "#b59a2d", "#7d8597")
 NEUTRAL = "#8a93a3"
 MARKS = ("o", "s", "^", "D", "v", "P")
 
@@ -107,7 +107,7 @@ def _legend(figure: Figure, axes: list[Axes]) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        figure.legend(found.values(), found.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncol=4, fontsize=9)
+        figure.legend(found.values(), found.keys(), loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=4, fontsize=9)
 
 
 def frontier(rows: list[dict], styles: Styles, cost: str, label: str) -> Figure | None:

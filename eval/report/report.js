@@ -243,7 +243,7 @@ function mountReplay(data, { make, find, fill, unique, many }) {
   function start() {
     const first = offered()[0];
     find("prompt").textContent = first ? first.prompt : "";
-    state.now = 0;
+    state.now = end();
     pause();
     draw();
   }
