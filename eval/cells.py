@@ -13,6 +13,7 @@ from pathlib import Path
 from eval import calibration
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
+from eval.store import texts_in
 from shared.draft import How
 from shared.errors import UserError, unknown_name
 
@@ -87,15 +88,11 @@ class Bench:
     def _baseline(self, asked: Asked) -> dict[int, list[int]]:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""
         if asked.task not in self._baselines:
-            first = next(
-                (s for s in self.grid.settings if s.name == self.grid.baseline and s.family == self.lm.family_name),
-                None,
-            )
-            found = {}
-            if first:
-                self.lm.keep(self.folder / "predictions" / cell_key(self.grid, first, asked, self.seed), resume=True)
-                found = {r["doc"]: r["ids"] for r in self.lm.found.values()}
-            self._baselines[asked.task] = found
+            family = self.lm.family_name
+            first = next((s for s in self.grid.settings if (s.family, s.name) == (family, self.grid.baseline)), None)
+            key = cell_key(self.grid, first, asked, self.seed) if first else ""
+            texts = texts_in(self.folder / "predictions" / key) if first else {}
+            self._baselines[asked.task] = {r["doc"]: r["ids"] for r in texts.values()}
         return self._baselines[asked.task]
 
     def _estimators(self, asked: Asked) -> dict[str, list]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import refreshed, rows_of, write_csv
-from eval.store import read_lines
+from eval.store import opened, read_lines
 from shared.distributed import World
 from shared.errors import UserError, run_main
 
@@ -103,7 +103,7 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
             number += 1
             cell = bench.measure(setting, asked)
             if leads and cell is not None:
-                with (folder / "cells.jsonl").open("a", encoding="utf-8") as file:
+                with opened(folder / "cells.jsonl", resume=True) as file:
                     file.write(json.dumps(cell) + "\n")
                 print(f"{number}/{len(todo)} {line_of(cell)}", flush=True)
 

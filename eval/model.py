@@ -272,11 +272,6 @@ class DraftAndVerifyLM(TemplateLM):
     # What lm-eval asks of a model.
 
     @property
-    def found(self) -> dict[str, dict]:
-        """Texts that an earlier run left, by key."""
-        return self._store.found
-
-    @property
     def eot_token_id(self) -> int:
         return self.tokenizer.eos_token_id
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TextIO
 
 from shared.output import Completion
 
@@ -22,13 +23,8 @@ class Store:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         if resume:
-            for part in sorted(path.glob("predictions-*.jsonl")):
-                self.found |= {r["key"]: r for r in read_lines(part) if "key" in r}
-        mine = path / f"predictions-{rank}.jsonl"
-        torn = resume and mine.is_file() and not mine.read_bytes().endswith(b"\n")
-        self.file = mine.open("a" if resume else "w", encoding="utf-8")
-        if torn:
-            self.file.write("\n")
+            self.found = texts_in(path)
+        self.file = opened(path / f"predictions-{rank}.jsonl", resume)
 
     def append(self, record: dict) -> None:
         if self.file:
@@ -39,6 +35,21 @@ class Store:
         if self.file:
             self.file.close()
             self.file = None
+
+
+def texts_in(folder: Path) -> dict[str, dict]:
+    """The finished texts that all processes left in a folder, by key."""
+    parts = sorted(folder.glob("predictions-*.jsonl"))
+    return {r["key"]: r for part in parts for r in read_lines(part) if "key" in r}
+
+
+def opened(path: Path, resume: bool) -> TextIO:
+    """The file, empty or (``resume``) to be appended to, after the half line that a killed run may have left."""
+    torn = resume and path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    file = path.open("a" if resume else "w", encoding="utf-8")
+    if torn:
+        file.write("\n")
+    return file
 
 
 def read_lines(path: Path) -> list[dict]:

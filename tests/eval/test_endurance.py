@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -14,3 +15,21 @@ def test_three_kills():
     found = endurance.trial(3, limit=16, seed=7)
     assert [r["same"] for r in found] == [True] * 3
     assert any(r["alive"] for r in found)
+
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    """Five problems, so that lm-eval pads one process's share; gloo, on CPUs."""
+    script = tmp_path / "run.py"
+    script.write_text("import sys\nfrom eval.endurance import run_cli\nrun_cli(sys.argv[1:])\n")
+    found = []
+    for processes in (1, 2):
+        flags = endurance.command("instructions", 5, tmp_path / str(processes))
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        )
+        done = subprocess.run([sys.executable, *launcher, str(script), *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(endurance.scores(tmp_path / str(processes)))
+    assert [f["decoding"].pop("processes") for f in found] == [1, 2]
+    assert found[0] == found[1]
+    assert found[0]["decoding"]["texts"] == 5
