@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from eval import calibration
+from eval import calibration, code_eval
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
 from eval.store import texts_in
@@ -28,6 +28,7 @@ class Bench:
     def __init__(self, grid: Grid, first: Setting, folder: Path, *, device: str, seed: int, run_code: bool):
         from lm_eval.tasks import TaskManager
 
+        code_eval.install()
         self.grid, self.folder, self.seed, self.run_code = grid, folder, seed, run_code
         self.lm = DraftAndVerifyLM(
             first.pretrained, first.family, first.decoder, dtype=grid.dtype, device=device, batch_size=grid.batch_size,

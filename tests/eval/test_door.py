@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -232,3 +233,17 @@ def test_code_eval_is_run_here():
     )
     assert found == {"pass@1": 0.5}
     assert results == {0: [True, False]}
+
+
+def test_public_code_tasks_are_judged_here(monkeypatch):
+    """lm-eval's own humaneval and mbpp, whose metric would come from a hub."""
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "load", evaluate.load)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code_eval.install()
+    humaneval = importlib.import_module("lm_eval.tasks.humaneval.utils")
+    mbpp = importlib.import_module("lm_eval.tasks.mbpp.utils")
+    good, bad = "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return a - b\n"
+    assert humaneval.pass_at_k(["assert add(2, 3) == 5"], [[good]], k=[1]) == {"pass@1": 1.0}
+    assert mbpp.pass_at_1(["assert add(2, 3) == 5"], [[bad]]) == 0.0
