@@ -56,7 +56,7 @@ class Bench:
         kept = cell["docs"][: self.grid.replays]
         cell["replay"] = {str(d): self._replay(records[d], samples, d) for d in kept if d in records}
         if self.grid.calibrate and cell["calibration"]["accepted"]:
-            cell["calibration"] |= self._estimators(asked)
+            cell["calibration"] |= self._estimators(setting, asked)
         return cell
 
     def _evaluate(self, asked: Asked, problems: int | None) -> list[dict] | None:
@@ -96,8 +96,9 @@ class Bench:
             self._baselines[asked.task] = {r["doc"]: r["ids"] for r in texts.values()}
         return self._baselines[asked.task]
 
-    def _estimators(self, asked: Asked) -> dict[str, list]:
-        """Bins of every acceptance estimator, from a pass of its own: it costs time that a cell must not count."""
+    def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
+        """Bins of every acceptance estimator, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
+        self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
         self.lm.judge = recorder = calibration.Recorder()
         self.lm.keep(None, resume=False)
         self._evaluate(asked, self.grid.calibrate)

@@ -148,7 +148,6 @@ def rows_table(rows: list[dict], results: dict) -> Iterator[str]:
         "forwards / token",
         "prefill, draft, verify, commit",
         "accepted / verify",
-        "tokens/s",
         "p",
         "texts as baseline",
     ]
@@ -158,12 +157,8 @@ def rows_table(rows: list[dict], results: dict) -> Iterator[str]:
         kinds = ", ".join(f"{r['by_kind'][k]:.3f}" for k in KINDS)
         same = "" if r["same"] is None else f"{r['same']} / {r['problems']}"
         p = "" if r.get("p") is None else f"{r['p']:.2g}"
-        lines.append([r["setting"], _percent(r), f"{r['forwards_per_token']:.3f}", kinds, accepted, _speed(r), p, same])
+        lines.append([r["setting"], _percent(r), f"{r['forwards_per_token']:.3f}", kinds, accepted, p, same])
     return _table(head, lines)
-
-
-def _speed(row: dict) -> str:
-    return "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"
 
 
 def winners_table(rows: list[dict], results: dict) -> Iterator[str]:
@@ -211,7 +206,6 @@ def families_table(rows: list[dict], results: dict) -> Iterator[str]:
         *(f"{t} %" for t in tasks),
         "forwards / token",
         "accepted / verify",
-        "tokens/s",
         "lossless",
     ]
     lines = []
@@ -222,7 +216,6 @@ def families_table(rows: list[dict], results: dict) -> Iterator[str]:
         taken = sum((r["accepted_per_verify"] or 0) * r["verifies"] for r in here.values())
         cells = [f"{100 * here[t]['accuracy']:.1f}" if t in here else "" for t in tasks]
         lossless = "yes" if all(r["lossless"] for r in here.values()) else "no"
-        speed = tokens / sum(r["seconds"] for r in here.values())
         lines.append(
             [
                 family,
@@ -230,7 +223,6 @@ def families_table(rows: list[dict], results: dict) -> Iterator[str]:
                 *cells,
                 f"{forwards:.3f}",
                 f"{taken / verifies:.1f}" if verifies else "",
-                f"{speed:.0f}",
                 lossless,
             ]
         )
