@@ -30,11 +30,11 @@ KEPT = (
 _PRELOADED = ["eval.model", "eval.code_eval", "lm_eval.evaluator", "lm_eval._cli", "datasets", "transformers"]
 
 
-def command(task: str, limit: int, folder: Path) -> list[str]:
+def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[str]:
     """The flags of the run under test."""
-    model = f"family=SDAR,pretrained={FAMILIES['SDAR'].shipped},preset=tiny"
+    model = f"family=SDAR,pretrained={FAMILIES['SDAR'].shipped},preset=tiny,dtype=float32"
     return ["--model", "dllm", "--model_args", model, "--tasks", task, "--limit", str(limit), "--batch_size", "4",
-            "--apply_chat_template", "--device", "cpu", "--output_path", str(folder / "run")]  # fmt: skip
+            "--apply_chat_template", "--device", device, "--output_path", str(folder / "run")]  # fmt: skip
 
 
 def run_cli(flags: list[str]) -> None:
