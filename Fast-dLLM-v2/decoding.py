@@ -29,6 +29,7 @@ from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
+from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
 from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
@@ -89,6 +90,7 @@ def decode(
     batch_size: int | None = None,
     tokenizer=None,
     requests: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
     judge: Callable[..., Verdict] = judge,
@@ -96,10 +98,10 @@ def decode(
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
     ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
-    join as rows finish. Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt;
-    ``requests`` numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as small blocks finish,
-    ``on_finish(completion)`` as texts do. ``judge`` replaces `shared.verify.judge`. Raises `UserError` before any forward when a prompt or an
-    option does not fit.
+    join as rows finish. ``stop``: a text ends with the small block in which one of these strings appears, and is cut before it (needs
+    ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests``
+    numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as small blocks finish, ``on_finish(completion)``
+    as texts do. ``judge`` replaces `shared.verify.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
@@ -108,9 +110,10 @@ def decode(
     check_call(len(prompts), requests, uniforms, batch_size)
     run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
     while run.batch.waiting or run.batch.active:
-        ended = prefill(run, on_block)
+        ended = prefill(run, stops, on_block)
         rows = [i for i in run.batch.active if i not in ended]
         if rows:
             draft = propose(run, rows)
@@ -118,10 +121,10 @@ def decode(
             choice, reach, finite = verify(run, rows, draft, picked)
             unmask(run, draft, choice)
             run.policy.observe(draft, reach > 0, choice.count)
-            ended += settle(run, run.batch.write(rows, draft, choice, reach, finite), on_block)
+            ended += settle(run, run.batch.write(rows, draft, choice, reach, finite), stops, on_block)
         for i in ended:
             position = run.batch.rows[i].position
-            done[position] = completion = run.batch.retire(i, options.blocks, text_of)
+            done[position] = completion = stops.cut(run.batch.retire(i, options.blocks, text_of))
             if on_finish:
                 on_finish(completion)
     return Output(
@@ -188,7 +191,7 @@ def resolve(model: Fast_dLLM_QwenForCausalLM, options: StandardOptions, tokenize
     return replace(options, blocks=blocks)
 
 
-def prefill(run: Run, on_block) -> list[int]:
+def prefill(run: Run, stops: StopStrings, on_block) -> list[int]:
     """Admit waiting prompts and encode their whole blocks, all in one forward; returns the rows that are finished already.
 
     A prompt of whole blocks also gets its first token from that forward.
@@ -219,7 +222,7 @@ def prefill(run: Run, on_block) -> list[int]:
             for f in filled:
                 if f.last:
                     on_block(batch.rows[f.row].request, batch.new_tokens(f.row, run.options.blocks))
-        ended = [f.row for f in filled if f.last] + settle(run, [f for f in filled if not f.last], on_block)
+        ended = [f.row for f in filled if f.last] + settle(run, [f for f in filled if not f.last], stops, on_block)
     else:
         ended = []
     return ended + [i for i in rows if i not in ended and batch.rows[i].start >= batch.rows[i].total]
@@ -340,13 +343,14 @@ def unmask(run: Run, draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED)
 
 
-def settle(run: Run, finished: list[Finished], on_block) -> list[int]:
+def settle(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:
     """Move the rows of finished small blocks on, committing blocks at their ends; returns the rows whose text has ended.
 
     The token after a commit may complete a small block of one, so this repeats until no row is complete.
     """
     batch, blocks, ended = run.batch, run.options.blocks, []
     while finished:
+        finished = stops.end(finished)
         if on_block:
             for f in finished:
                 on_block(batch.rows[f.row].request, batch.new_tokens(f.row, blocks))

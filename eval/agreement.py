@@ -16,8 +16,7 @@ import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
 from shared.errors import run_main
 from shared.loading import load_tokenizer, resolve_device
-from shared.prompts import encode_prompt
-from train.tasks import TASKS, held_out
+from shared.prompts import encode_prompt, read_prompt_file
 
 DECODERS = {
     "plain diffusion": (generate.block_diffusion_generate, {"confidence_threshold": 0.9}),
@@ -58,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     model = SDARForCausalLM.from_pretrained(args.model, dtype=args.dtype, device=resolve_device(args.device))
     model.fast(required=True)
     tokenizer = load_tokenizer(args.model)
-    problems = [p for task in TASKS for p in held_out(task, args.problems, seed="agreement")]
-    prompts = [encode_prompt(tokenizer, {"prompt": p.prompt}) for p in problems]
+    files = sorted((Path(__file__).parent / "tasks").glob("*.jsonl"))
+    records = [record for file in files for record in read_prompt_file(file)[: args.problems]]
+    prompts = [encode_prompt(tokenizer, record) for record in records]
     rows = {}
     for name, (decode, flat) in DECODERS.items():
         call = {"block_length": args.block_length, "max_new_tokens": 192, "batch_size": args.batch_size, **flat}

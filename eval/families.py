@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import scoring
 from shared.errors import UserError, unknown_name
 from shared.loading import checkpoint_folder
 
@@ -38,16 +39,27 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """``model_type`` is that of its checkpoints' config.json. The first decoder is the default one."""
+    """``model_type`` is that of its checkpoints' config.json. The first decoder is the default one. ``scoring`` names the function of `shared.scoring`
+    that fits the network; ``folder`` is where the shipped checkpoint stands."""
 
     model_module: str
     model: str
     model_type: str
+    folder: str
+    scoring: str
     decoders: dict[str, Decoder]
 
     @property
     def model_class(self):
         return getattr(importlib.import_module(self.model_module), self.model)
+
+    @property
+    def scores(self):
+        return getattr(scoring, self.scoring)
+
+    @property
+    def shipped(self) -> str:
+        return str(Path(importlib.import_module(self.folder).__file__).parent / "tiny")
 
 
 FAMILIES = {
@@ -55,9 +67,23 @@ FAMILIES = {
         "sdar.modeling_sdar",
         "SDARForCausalLM",
         "sdar",
+        "sdar",
+        "block_size_one_scores",
         {
             "ssd_policy": Decoder("sdar.generate_ssd_policy", "block_diffusion_generate", "sdar.options", "Options", "PRESETS"),
             "standard": Decoder("sdar.generate", "block_diffusion_generate", "sdar.options", "StandardOptions", "PLAIN_PRESETS"),
+        },
+    ),
+    "Fast-dLLM-v2": Family(
+        "fast_dllm_v2.modeling_fast",
+        "Fast_dLLM_QwenForCausalLM",
+        "Fast_dLLM_Qwen",
+        "fast_dllm_v2",
+        "next_token_scores",
+        {
+            "ssd_policy": Decoder("fast_dllm_v2.generate_policy_utils", "generate_ssd_policy", "fast_dllm_v2.options", "Options", "PRESETS"),
+            "ssd": Decoder("fast_dllm_v2.generate_utils", "generate_ssd", "fast_dllm_v2.options", "Options", "SSD_PRESETS"),
+            "fast": Decoder("fast_dllm_v2.generate_utils", "generate_fast", "fast_dllm_v2.options", "StandardOptions", "PLAIN_PRESETS"),
         },
     ),
 }  # fmt: skip
@@ -90,13 +116,14 @@ def split_target(key: str, target: str) -> tuple[Path, str]:
 def decoder_in_file(target: str) -> tuple[str, str] | None:
     """``(family, decoder)`` if ``path.py:function`` is one of ours, None for a user's own file."""
     path, function = split_target("custom_generate", target)
+    own: dict[str, tuple[str, str]] = {}
     for name, family in FAMILIES.items():
         for decoder, entry in family.decoders.items():
             if path == _file(entry.module):
-                if function != entry.function:
-                    raise unknown_name(f"function of {path.name}", function, [entry.function])
-                return name, decoder
-    return None
+                own[entry.function] = name, decoder
+    if own and function not in own:
+        raise unknown_name(f"function of {path.name}", function, own)
+    return own.get(function)
 
 
 def family_of_class(target: str) -> str:

@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import json
 import logging
+import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -17,15 +19,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.families import decoder_in_file, family_named, family_of_checkpoint, family_of_class, split_target
+from eval.store import Store, trace_of
 from shared.distributed import World
 from shared.errors import UserError, unknown_name
 from shared.loading import load_tokenizer
-from shared.output import Output
-from shared.scoring import block_size_one_scores
+from shared.output import Completion, Output
 
 log = logging.getLogger(__name__)
 
-LOADER_KEYS = ("pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume",
+LOADER_KEYS = ("pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume", "traces",
                "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size")  # fmt: skip
 _NOT_OPTIONS = ("until",)
 
@@ -34,11 +36,12 @@ _NOT_OPTIONS = ("until",)
 class DraftAndVerifyLM(TemplateLM):
     """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
 
-    ``predictions``: a folder to which every finished text is appended as one JSON line; with ``resume`` those found there are not decoded again.
+    ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how it was decoded; with ``resume``
+    those found there are not decoded again.
     """
 
     def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
-                 max_batch_size=None, seed=0, predictions=None, resume=False, custom_generate=None, custom_model_class=None,
+                 max_batch_size=None, seed=0, predictions=None, resume=False, traces=False, custom_generate=None, custom_model_class=None,
                  trust_remote_code=None, gen_kwargs=None, **options):  # fmt: skip
         super().__init__()
         if not pretrained:
@@ -50,9 +53,9 @@ class DraftAndVerifyLM(TemplateLM):
         if max_batch_size is not None or (batch_size is not None and not str(batch_size).isdigit()):
             raise UserError(f"batch_size is {batch_size!r}. Allowed: a number (texts join as others finish)")
         self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
-        self._flat = {**(self._decoder.preset(preset) if preset else {}), **options}
-        self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
-        self.options_for({})  # unknown names and impossible values are told before anything is loaded
+        self.use(
+            self.decoder_name, preset, gen_kwargs, **options
+        )  # what is wrong with it is told before anything is loaded
         world = World.from_environment()
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
         self.batch_size = int(batch_size or 1)
@@ -60,8 +63,26 @@ class DraftAndVerifyLM(TemplateLM):
         self.model = self._family.model_class.from_pretrained(pretrained, dtype=dtype, device=device)
         self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
         self._model_name = str(pretrained)
-        self._store = Store(predictions, self._rank, bool(resume))
-        self._spent: list[dict] = []
+        self._traces = bool(traces)
+        self.judge = None  # replaces `shared.verify.judge`, to look on while it decides
+        self._store = Store(None, self._rank, resume=False)
+        self.keep(predictions, bool(resume))
+
+    def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
+        """Decode with this decoder and these options from now on. Raises `UserError` for unknown names and impossible values."""
+        if decoder not in self._family.decoders:
+            raise unknown_name("decoder", decoder, self._family.decoders)
+        self.decoder_name, self._decoder = decoder, self._family.decoders[decoder]
+        self._flat = {**(self._decoder.preset(preset) if preset else {}), **options}
+        self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
+        self.options_for({})
+
+    def keep(self, predictions: str | Path | None, resume: bool) -> None:
+        """Finished texts go to this folder from now on; what was spent is counted anew."""
+        self._store.close()
+        self._store = Store(predictions, self._rank, resume)
+        self.spent: list[dict] = []
+        self.lossless: tuple[bool, str] | None = None
         self._used: dict[str, dict] = {}
 
     def _choose(self, pretrained, family, decoder, custom_generate, custom_model_class) -> None:
@@ -78,11 +99,9 @@ class DraftAndVerifyLM(TemplateLM):
         if custom_generate and own is None:
             self._user_generate = load_function(custom_generate)
         name = decoder or (own[1] if own else next(iter(self._family.decoders)))
-        if name not in self._family.decoders:
-            raise unknown_name("decoder", name, self._family.decoders)
         if own and own[1] != name:
             raise UserError(f"decoder {name!r} is not the one of custom_generate, {own[1]!r}. Allowed: one of them")
-        self.decoder_name, self._decoder = name, self._family.decoders[name]
+        self.decoder_name = name
 
     def options_for(self, task_kwargs: dict):
         """The decoder's options for a task's generation_kwargs: ``--gen_kwargs`` over ``model_args`` over the task's."""
@@ -121,54 +140,68 @@ class DraftAndVerifyLM(TemplateLM):
             options, until = self.options_for(kwargs), kwargs.get("until") or []
             stop = [s for s in ([until] if isinstance(until, str) else until) if s]
             flat = options if isinstance(options, dict) else options.to_flat()
-            task = requests[members[0]].task_name or "task"
-            self._used[task] = {**flat, "stop": stop}
+            self._used[requests[members[0]].task_name or "task"] = {**flat, "stop": stop}
             mark = json.dumps(
                 [self._model_name, self.family_name, self.decoder_name, str(self.model.dtype), flat, stop, self._seed],
                 default=str,
             )
-            todo: dict[str, tuple[int, str]] = {}
+            places: dict[str, list[int]] = {}
             for k in members:
-                request = requests[k]
-                place = (request.task_name, request.doc_id, request.args[0])
-                seen[place] += 1
-                key = hashlib.sha256(json.dumps([mark, *place, seen[place]]).encode()).hexdigest()
-                todo[key] = (k, request.args[0])
+                places.setdefault(self._key(mark, requests[k], seen), []).append(k)
+            todo = {key: requests[ks[0]] for key, ks in places.items()}
             for key, record in self._decode(todo, options, stop).items():
-                k = todo[key][0]
-                texts[k] = record["text"]
-                self._spent.append(record)
-                self.cache_hook.add_partial("generate_until", requests[k].args, record["text"])
+                self.spent.append(record)
+                for k in places[key]:
+                    texts[k] = record["text"]
+                    self.cache_hook.add_partial("generate_until", requests[k].args, record["text"])
         return texts
 
-    def _decode(self, todo: dict[str, tuple[int, str]], options, stop: list[str]) -> dict[str, dict]:
-        """A record for every key of ``todo`` ``{key: (number, prompt)}``; those in the store are taken from there."""
+    def _key(self, mark: str, request: Instance, seen: Counter) -> str:
+        """The name of a text among all that this model could be asked for. A request beyond its repeats is lm-eval's padding: no new text."""
+        place = (request.task_name, request.doc_id, request.args[0])
+        seen[place] += 1
+        count = min(seen[place], request.repeats or 1)
+        return hashlib.sha256(json.dumps([mark, *place, count]).encode()).hexdigest()
+
+    def _decode(self, todo: dict[str, Instance], options, stop: list[str]) -> dict[str, dict]:
+        """A record for every key of ``todo``; those in the store are taken from there."""
         records = {key: self._store.found[key] for key in todo if key in self._store.found}
         keys = [key for key in todo if key not in records]
         if not keys:
             return records
-        prompts = [self._fit(self.tok_encode(todo[key][1]), options) for key in keys]
-        numbers = [int(key[:14], 16) for key in keys]  # randomness belongs to the request, not to its place in a batch
-        by_number = dict(zip(numbers, keys, strict=True))
+        prompts = [self._fit(self.tok_encode(todo[key].args[0]), options) for key in keys]
+        began, call = time.perf_counter(), uuid.uuid4().hex[:12]
 
-        def keep(completion) -> None:
-            trace = completion.trace
-            record = {"key": by_number[completion.request], "text": completion.text, "tokens": len(completion.tokens),
-                      "forwards": dict(trace.forwards) if trace else {}, "seconds": completion.seconds}  # fmt: skip
-            records[record["key"]] = record
-            self._store.append(record)
+        def keep(key: str, record: dict) -> None:
+            about = {
+                "key": key,
+                "task": todo[key].task_name,
+                "doc": todo[key].doc_id,
+                "process": self._rank,
+                "call": call,
+            }
+            records[key] = {**about, **record, "at": time.perf_counter() - began}
+            self._store.append(records[key])
 
         if self._user_generate:
             for key, record in self._call_user(keys, prompts, options, stop):
-                records[key] = {"key": key, **record}
-                self._store.append(records[key])
+                keep(key, record)
             return records
+        numbers = [int(key[:14], 16) for key in keys]  # randomness belongs to the request, not to its place in a batch
+        by_number = dict(zip(numbers, keys, strict=True))
         output = self._decoder.generate(
             self.model, prompts, options, tokenizer=self.tokenizer, batch_size=min(self.batch_size, len(prompts)),
-            seed=self._seed, requests=numbers, stop=stop, on_finish=keep,
+            seed=self._seed, requests=numbers, stop=stop, **({"judge": self.judge} if self.judge else {}),
+            on_finish=lambda completion: keep(by_number[completion.request], self._record(completion)),
         )  # fmt: skip
-        self._lossless = [output.lossless, output.lossless_reason]
+        self.lossless = (output.lossless, output.lossless_reason)
         return records
+
+    def _record(self, completion: Completion) -> dict:
+        """A finished text as the store keeps it."""
+        record = {"text": completion.text, "tokens": len(completion.tokens), "forwards": dict(completion.trace.forwards),
+                  "seconds": completion.seconds}  # fmt: skip
+        return {**record, **trace_of(completion)} if self._traces else record
 
     def _call_user(self, keys, prompts, options: dict, stop: list[str]):
         """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
@@ -192,12 +225,9 @@ class DraftAndVerifyLM(TemplateLM):
 
     def _fit(self, ids: list[int], options) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
-        new = options["max_new_tokens"] if isinstance(options, dict) else options.blocks.max_new_tokens
-        length = (
-            1
-            if isinstance(options, dict)
-            else options.blocks.block_length or getattr(self.model.config, "block_size", 1)
-        )
+        flat, config = options if isinstance(options, dict) else options.to_flat(), self.model.config
+        new, length = flat["max_new_tokens"], flat.get("block_length")
+        length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
         room = self.max_length // length * length - new
         if room < 1:
             raise UserError(f"max_new_tokens is {new}. Allowed: less than the model's {self.max_length} positions")
@@ -216,13 +246,13 @@ class DraftAndVerifyLM(TemplateLM):
             texts = []
             for k in part:
                 _, context, continuation = requests[k]
-                if len(continuation) > self.max_length:
-                    raise UserError(
-                        f"a continuation has {len(continuation)} tokens. Allowed: {self.max_length}, the model's positions"
-                    )
                 room = self.max_length - len(continuation)
-                texts.append((context[-room:] if room else [], continuation))
-            for k, (scores, greedy) in zip(part, block_size_one_scores(self.model, texts, mask_id), strict=True):
+                if room < 1:
+                    raise UserError(
+                        f"a continuation has {len(continuation)} tokens. Allowed: less than {self.max_length}"
+                    )
+                texts.append((context[-room:], continuation))
+            for k, (scores, greedy) in zip(part, self._family.scores(self.model, texts, mask_id), strict=True):
                 found[k] = (scores.sum().item(), bool(greedy.all()))
                 if requests[k][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[k][0], found[k])
@@ -272,8 +302,8 @@ class DraftAndVerifyLM(TemplateLM):
         return torch.tensor(_collect(tensor.item(), self._world_size), device=tensor.device)
 
     def gather_object(self, obj, dst: int = 0):
-        parts = _collect((obj, self._spent), self._world_size)
-        self._spent = list({r["key"]: r for _, spent in parts for r in spent}.values())
+        parts = _collect((obj, self.spent), self._world_size)
+        self.spent = list({r["key"]: r for _, spent in parts for r in spent}.values())
         return [o for o, _ in parts] if self._rank == dst else None
 
     def barrier(self) -> None:
@@ -282,50 +312,17 @@ class DraftAndVerifyLM(TemplateLM):
     def get_model_info(self) -> dict:
         """For the results file: every option of every task, and what was spent."""
         forwards = Counter()
-        for record in self._spent:
+        for record in self.spent:
             forwards.update(record["forwards"])
-        seconds = [r["seconds"] for r in self._spent if r["seconds"] is not None]
+        seconds = [r["seconds"] for r in self.spent if r["seconds"] is not None]
         return {
             "decoding": {
                 "family": self.family_name, "decoder": self.decoder_name, "dtype": str(self.model.dtype)[6:], "seed": self._seed,
                 "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
-                "lossless": getattr(self, "_lossless", None), "texts": len(self._spent), "tokens": sum(r["tokens"] for r in self._spent),
+                "lossless": self.lossless, "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent),
                 "forwards": dict(forwards), "seconds_in_flight": round(sum(seconds), 3),
             }
         }  # fmt: skip
-
-
-class Store:
-    """Finished texts, one JSON line each, flushed as they come; ``found`` are those of an earlier run, by key."""
-
-    def __init__(self, folder: str | None, rank: int, resume: bool):
-        self.found: dict[str, dict] = {}
-        self.file = None
-        if folder is None:
-            return
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        if resume:
-            for part in sorted(path.glob("predictions-*.jsonl")):
-                self._read(part)
-        mine = path / f"predictions-{rank}.jsonl"
-        torn = resume and mine.is_file() and not mine.read_bytes().endswith(b"\n")
-        self.file = mine.open("a" if resume else "w", encoding="utf-8")
-        if torn:
-            self.file.write("\n")
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line)
-                self.found[record["key"]] = record
-            except (ValueError, KeyError, TypeError):  # noqa: PERF203 the line a killed run was writing
-                continue
-
-    def append(self, record: dict) -> None:
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
 
 
 def load_function(target: str):

@@ -29,7 +29,10 @@ class StopStrings:
         """``finished`` blocks, those in whose text a string has appeared being their text's last. One device read for each block."""
         if not self.strings:
             return finished
-        return [f if f.last or self._ids_before_stop(f.row) is None else f._replace(last=True) for f in finished]
+        return [
+            f if f.last or self._ids_before_stop(f.row) is None else f._replace(last=True, stopped=True)
+            for f in finished
+        ]
 
     def _ids_before_stop(self, i: int) -> int | None:
         row = self.batch.rows[i]

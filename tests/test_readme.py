@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from eval import frontier
+from eval import compare, results
+from eval.model import DraftAndVerifyLM
 from sdar import generate, generate_ssd_policy
 from shared.cli import parse
 from shared.docs import refreshed
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), ROOT / "benchmarks/frontier/README.md"]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("benchmarks/*/README.md"))]
 SCRIPTS = {"generate.py": generate.SCRIPT, "generate_ssd_policy.py": generate_ssd_policy.SCRIPT}
 # Commands that a test cannot run: they fetch a real checkpoint, need a GPU, take long, or are the suite itself. Their flags are still parsed
 # where a parser of ours reads them.
@@ -59,6 +60,9 @@ def test_command(folder, command, tmp_path):
     if words[0] == "python" and words[1] in SCRIPTS:
         script = SCRIPTS[words[1]]
         parse(script.options, script.presets, words[2:], script.description, script.shipped)
+    if words[:3] == ["python", "-m", "eval.compare"]:
+        args = compare.parser().parse_args(words[3:])
+        assert args.readme is not None or compare.grid_from(args).settings
     if any(mark in command for mark in NOT_RUN):
         return
     assert words[0] == "python", f"a command no test knows how to run: {command}"
@@ -74,13 +78,37 @@ def test_command(folder, command, tmp_path):
     assert run.stdout
 
 
+class Loaded(Exception):
+    """The checks before the checkpoint are passed."""
+
+
+EVALUATIONS = {c for r in READMES for c in re.findall(r"python -m eval (--model dllm [^`\n]*)", r.read_text())}
+
+
+@pytest.mark.parametrize("command", sorted(EVALUATIONS))
+def test_evaluation_command(command, monkeypatch):
+    """lm-eval's parser takes the line, and the door every key of its ``model_args``; the checkpoint is not loaded."""
+    from lm_eval._cli import HarnessCLI
+
+    def loaded(*args, **kwargs):
+        raise Loaded
+
+    monkeypatch.setattr(sys, "argv", ["eval", "run", *shlex.split(command)])
+    monkeypatch.setattr("shared.loading.CheckpointModel.from_pretrained", loaded)
+    args = HarnessCLI().parse_args()
+    with pytest.raises(Loaded):
+        DraftAndVerifyLM(**args.model_args, batch_size=args.batch_size)
+
+
+def test_there_are_evaluations():
+    assert len(EVALUATIONS) > 10
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))
 def test_tables_are_fresh(readme):
     name = readme.relative_to(ROOT)
     assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.docs {name}"
-    assert frontier.refreshed(readme.read_text(), ROOT) == readme.read_text(), (
-        f"run: python -m eval.frontier --readme {name}"
-    )
+    assert results.refreshed(readme.read_text(), ROOT) == readme.read_text(), "run: python -m eval.compare --readme"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))

@@ -16,15 +16,13 @@ come from three independent places that must agree.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from shared import judging
 from train.problem import Problem, Task
-
-FENCE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 VERBS = [
     "get", "find", "make", "compute", "build", "solve", "apply", "pick", "check", "process", "update", "handle",
@@ -303,15 +301,9 @@ def sample(rng: Random) -> Problem:
     return Problem("functions", "Complete the function.\n\n" + "\n".join(lines), f"```python\n{code}\n```", check)
 
 
-def extract_code(text: str) -> str:
-    """The first fenced block of ``text``, or all of it when nothing is fenced."""
-    found = FENCE.search(text)
-    return found.group(1) if found else text
-
-
 def test_program(problem: Problem, text: str) -> str:
-    """Python source: the code in ``text``, then the asserts. It exits with 0 when they hold."""
-    return "\n".join([extract_code(text), *problem.check["tests"], ""])
+    """Python source that exits with 0 when ``text`` solves the problem."""
+    return judging.test_program(problem.check, text)
 
 
 TASK = Task("functions", sample, test_program=test_program)

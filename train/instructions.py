@@ -7,7 +7,7 @@
     RIVER; LAMP; STONE
 
 Each exercise is a body (one of `BODIES`) with an optional opening and closing line; ``check["rules"]`` lists the rules
-an answer must meet, each ``{"rule": name, ...arguments}`` of `RULES`. The answer is determined by the prompt.
+an answer must meet, each ``{"rule": name, ...arguments}`` of `shared.judging.RULES`. The answer is determined by the prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable
 from random import Random
 
+from shared import judging
 from train.problem import Problem, Task
 
 WORDS = [
@@ -148,60 +149,9 @@ def sample(rng: Random) -> Problem:
     return Problem("instructions", prompt, solution, {"rules": rules})
 
 
-def _items(text: str, separator: str, items: list[str]) -> bool:
-    return [part.strip() for part in text.split(separator)] == items
-
-
-def _contains(text: str, words: list[str]) -> bool:
-    return all(word in text.lower() for word in words)
-
-
-def _one_sentence(text: str) -> bool:
-    return text.endswith(".") and text.count(".") == 1 and "\n" not in text
-
-
-def _last_word(text: str, word: str) -> bool:
-    return text.rstrip(".!? ").split(" ")[-1] == word
-
-
-def _lines_rule(text: str, count: int, start: str, word: str) -> bool:
-    lines = text.split("\n")
-    return len(lines) == count and all(line.startswith(start) and word in line for line in lines)
-
-
-def _json_rule(text: str, value: dict) -> bool:
-    try:
-        return json.loads(text) == value
-    except json.JSONDecodeError:
-        return False
-
-
-RULES: dict[str, Callable[..., bool]] = {
-    "items": _items,
-    "contains": _contains,
-    "one_sentence": _one_sentence,
-    "last_word": _last_word,
-    "lines": _lines_rule,
-    "json": _json_rule,
-}
-
-
 def is_correct(problem: Problem, text: str) -> bool:
-    """Whether ``text`` meets every rule. Opening and closing lines are taken off before the body is judged."""
-    text = text.strip()
-    for rule in problem.check["rules"]:
-        arguments = {key: value for key, value in rule.items() if key != "rule"}
-        if rule["rule"] == "opening":
-            if not text.startswith(rule["text"] + "\n"):
-                return False
-            text = text[len(rule["text"]) + 1 :]
-        elif rule["rule"] == "closing":
-            if not text.endswith("\n" + rule["text"]):
-                return False
-            text = text[: -len(rule["text"]) - 1]
-        elif not RULES[rule["rule"]](text, **arguments):
-            return False
-    return True
+    """Whether ``text`` meets every rule."""
+    return judging.meets_rules(problem.check, text)
 
 
 TASK = Task("instructions", sample, is_correct=is_correct)

@@ -12,10 +12,10 @@ style (worded or terse, `TERSE` of them terse), which the first tokens settle.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from random import Random
 
+from shared import judging
 from train.problem import Problem, Task
 
 TERSE = 0.15
@@ -198,9 +198,8 @@ def sample(rng: Random) -> Problem:
 
 
 def is_correct(problem: Problem, text: str) -> bool:
-    """Whether the last ``#### n`` of ``text`` is the answer."""
-    answers = re.findall(r"#### *(-?\d+)", text)
-    return bool(answers) and int(answers[-1]) == problem.check["answer"]
+    """Whether ``text`` comes to the answer."""
+    return judging.gives_answer(problem.check, text)
 
 
 TASK = Task("word_problems", sample, is_correct=is_correct)

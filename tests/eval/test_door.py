@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +15,11 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
-from eval.make_tasks import lines
+from eval.families import FAMILIES
 from eval.model import DraftAndVerifyLM
-from sdar import SDARForCausalLM
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
-from shared.scoring import block_size_one_scores
+from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
 ROOT = Path(__file__).parents[2]
@@ -63,12 +65,58 @@ def test_hf_is_ours_only_with_a_key_of_ours():
     assert door("hf", pretrained="x", custom_generate="a.py:f") == door("hf", family="SDAR") == "dllm"
 
 
-def test_seed_command_from_inside_the_folder(monkeypatch):
-    monkeypatch.chdir(ROOT / "SDAR")
-    lm = DraftAndVerifyLM(pretrained="tiny", trust_remote_code=True, custom_generate="./generate_ssd_policy.py:block_diffusion_generate",
-                          custom_model_class="./modeling_sdar.py:SDARForCausalLM", block_length=16, denoising_steps=16, cache_ver=True)  # fmt: skip
-    assert (lm.family_name, lm.decoder_name) == ("SDAR", "ssd_policy")
-    assert lm.options_for({}).cache.cache_ver
+SEED_COMMANDS = {
+    # The published command of each family, with the tiny checkpoint for the hub id and an offline task for the public one.
+    "SDAR": "--model hf --model_args pretrained=tiny,trust_remote_code=True,custom_generate=./generate_ssd_policy.py:block_diffusion_generate,"
+    "block_length=16,denoising_steps=16,remasking_strategy=low_confidence_dynamic,min_ssd_span_length=1,confidence_threshold=0.85,cache_ver=true,"
+    "draft_ver=true --batch_size 1 --tasks instructions",
+    "Fast-dLLM-v2": "--model hf --model_args pretrained=tiny,trust_remote_code=True,custom_model_class=./modeling_fast.py:Fast_dLLM_QwenForCausalLM,"
+    "custom_generate=./generate_policy_utils.py:generate_ssd_policy,block_size=32,small_block_size=32,use_block_cache=false,use_ssd_cache=false,"
+    "threshold=0.9,cache_ver=false,draft_ver=false,max_new_tokens=512,do_verify_policy=mask_span_length,min_ssd_span_length=8 --batch_size 1 "
+    "--tasks functions --confirm_run_unsafe_code",
+}
+
+
+@pytest.mark.parametrize("family", SEED_COMMANDS)
+def test_seed_command_from_inside_the_folder(family, monkeypatch, tmp_path):
+    """Pasted, with a limit and a place for the results."""
+    monkeypatch.chdir(ROOT / family)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    words = SEED_COMMANDS[family].split()
+    results = command_line(monkeypatch, [*words, "--limit", "2", "--output_path", str(tmp_path / "run")])
+    decoding = results["config"]["decoding"]
+    assert (decoding["family"], decoding["decoder"], decoding["texts"]) == (family, "ssd_policy", 2)
+    (options,) = decoding["options"].values()
+    given = dict(pair.split("=") for pair in words[3].split(",") if "./" not in pair)
+    assert options["confidence_threshold"] == float(given.get("threshold") or given["confidence_threshold"])
+    assert options["cache_ver"] == (given["cache_ver"] == "true")
+    assert decoding["forwards"]["verify"] > 0
+
+
+def command_line(monkeypatch, words: list[str]) -> dict:
+    """`python -m eval` with these words, in this process and with this repository's tasks only; its results file."""
+    from lm_eval.tasks import TaskManager
+
+    from eval.__main__ import TASKS as folder
+    from eval.__main__ import main
+
+    known = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, *a, **k: known(self, include_path=str(folder), include_defaults=False)
+    )
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    monkeypatch.setattr(sys, "argv", ["eval", "run", *words])
+    main()
+    (found,) = Path(words[words.index("--output_path") + 1]).parent.rglob("results_*.json")
+    return json.loads(found.read_text())
+
+
+def test_files_of_several_decoders_and_classes_name_theirs(monkeypatch):
+    monkeypatch.chdir(ROOT / "Fast-dLLM-v2")
+    lm = DraftAndVerifyLM(pretrained="tiny", custom_generate="./generate_utils.py:generate_fast")
+    assert (lm.family_name, lm.decoder_name) == ("Fast-dLLM-v2", "fast")
+    with pytest.raises(UserError, match="did you mean generate_fast"):
+        DraftAndVerifyLM(pretrained="tiny", custom_generate="./generate_utils.py:generate_fats")
 
 
 def test_precedence_and_unknown_names():
@@ -102,17 +150,18 @@ def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatc
     monkeypatch.setattr(again._store, "append", lambda record: (decoded.append(record), append(record)))
     assert again.generate_until(requests) == texts
     assert len(decoded) == 2
-    assert DraftAndVerifyLM(**keys, resume=True)._store.found.keys() == {r["key"] for r in again._spent}
+    assert DraftAndVerifyLM(**keys, resume=True)._store.found.keys() == {r["key"] for r in again.spent}
     other = DraftAndVerifyLM(**{**keys, "seed": 1}, resume=True)
-    assert not other._store.found.keys() & {r["key"] for r in other._spent}
+    assert not other._store.found.keys() & {r["key"] for r in other.spent}
 
 
-def test_stop_strings_end_decoding():
-    lm = DraftAndVerifyLM(pretrained=TINY, preset="tiny", batch_size=4)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_stop_strings_end_decoding(family):
+    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].shipped, preset="tiny", batch_size=4)
     prompts = problems("word_problems", 4)
     whole = lm.generate_until(requests_of(lm, prompts))
     spent = lm.get_model_info()["decoding"]["forwards"]["draft"]
-    lm._spent.clear()
+    lm.spent.clear()
     cut = lm.generate_until(
         [Instance("generate_until", {}, (r.args[0], {"until": [","]}), 0) for r in requests_of(lm, prompts)]
     )
@@ -134,26 +183,48 @@ def test_a_users_own_function(tmp_path):
         DraftAndVerifyLM(pretrained=TINY, custom_generate=f"{tmp_path}/mine.py:generate", leter="x")
 
 
-def test_scores_are_products_of_block_size_one_probabilities():
-    model = SDARForCausalLM.from_pretrained(TINY, dtype="float64")
+def one_by_one(model, family: str, context: list[int], continuation: list[int], mask: int) -> list[float]:
+    """Log-probabilities of block size one by one forward a token: the definition."""
+    found = []
+    for n, token in enumerate(continuation):
+        known = context + continuation[:n]
+        ids = torch.tensor([known if family == "Fast-dLLM-v2" else [*known, mask]])
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        logits = model(ids, torch.arange(ids.shape[1])[None], None, causal)[0, -1]
+        logits[mask] = float("-inf")
+        found.append(logits.log_softmax(-1)[token].item())
+    return found
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_scores_are_products_of_block_size_one_probabilities(family):
+    model = FAMILIES[family].model_class.from_pretrained(FAMILIES[family].shipped, dtype="float64")
     mask, _ = model.special_ids()
     texts = [([5, 6, 7, 8], [9, 10, 11]), ([40], [41, 42, 43, 44, 45])]
-    for (context, continuation), (scores, _) in zip(texts, block_size_one_scores(model, texts, mask), strict=True):
-        for n, token in enumerate(continuation):
-            ids = torch.tensor([context + continuation[:n] + [mask]])
-            causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-            logits = model(ids, torch.arange(ids.shape[1])[None], None, causal)[0, -1]
-            logits[mask] = float("-inf")
-            assert scores[n].item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-5)
+    with torch.inference_mode():
+        for text, (scores, _) in zip(texts, FAMILIES[family].scores(model, texts, mask), strict=True):
+            assert scores.tolist() == pytest.approx(one_by_one(model, family, *text, mask), abs=1e-5)
 
 
-def test_a_solution_is_likelier_than_nonsense():
-    lm = DraftAndVerifyLM(pretrained=TINY, batch_size=2)
-    row = json.loads((ROOT / "eval" / "tasks" / "word_problems.jsonl").read_text().splitlines()[0])
-    chat = lm.apply_chat_template([{"role": "user", "content": row["prompt"]}])
-    pairs = [Instance("loglikelihood", {}, (chat, text), 0) for text in (row["solution"], row["solution"][::-1])]
-    (right, _), (wrong, _) = lm.loglikelihood(pairs)
-    assert wrong < right < 0
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_likelihoods_and_perplexity_of_held_out_text(family):
+    """A solution is likelier than nonsense, and a held-out one costs the model a fraction of what untrained weights pay, ln V a token."""
+    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].shipped, batch_size=4)
+    rows = [json.loads(r) for r in (ROOT / "eval" / "tasks" / "word_problems.jsonl").read_text().splitlines()[:4]]
+    chats = [lm.apply_chat_template([{"role": "user", "content": r["prompt"]}]) for r in rows]
+    pairs = [
+        Instance("loglikelihood", {}, (c, t), 0)
+        for c, r in zip(chats, rows, strict=True)
+        for t in (r["solution"], r["solution"][::-1])
+    ]
+    found = [score for score, _ in lm.loglikelihood(pairs)]
+    assert all(wrong < right < 0 for right, wrong in zip(found[::2], found[1::2], strict=True))
+    tokens = sum(len(lm.tok_encode(r["solution"])) for r in rows)
+    assert 1.0 < math.exp(-sum(found[::2]) / tokens) < 3.0
+    text = chats[0] + rows[0]["solution"]
+    (rolled,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    ((whole, _),) = lm._loglikelihood_tokens([(None, [lm.prefix_token_id], lm.tok_encode(text))])
+    assert rolled == pytest.approx(whole, abs=1e-3)
 
 
 def test_code_eval_is_run_here():
@@ -162,3 +233,17 @@ def test_code_eval_is_run_here():
     )
     assert found == {"pass@1": 0.5}
     assert results == {0: [True, False]}
+
+
+def test_public_code_tasks_are_judged_here(monkeypatch):
+    """lm-eval's own humaneval and mbpp, whose metric would come from a hub."""
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "load", evaluate.load)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code_eval.install()
+    humaneval = importlib.import_module("lm_eval.tasks.humaneval.utils")
+    mbpp = importlib.import_module("lm_eval.tasks.mbpp.utils")
+    good, bad = "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return a - b\n"
+    assert humaneval.pass_at_k(["assert add(2, 3) == 5"], [[good]], k=[1]) == {"pass@1": 1.0}
+    assert mbpp.pass_at_1(["assert add(2, 3) == 5"], [[bad]]) == 0.0

@@ -173,3 +173,23 @@ def test_stream_is_the_text(small, count):
 
 def test_previous_row():
     assert previous_row(torch.arange(4)).tolist() == [0, 0, 1, 2]
+
+
+class Letters:
+    """Decodes ids as letters, which is all a stop string needs of a tokenizer."""
+
+    def decode(self, ids, skip_special_tokens=True) -> str:
+        return "".join(chr(65 + i) for i in ids)
+
+
+@pytest.mark.parametrize("small", [1, 4])
+@pytest.mark.parametrize("skip_last_commit", [False, True])
+def test_stop_strings_end_a_text(small, skip_last_commit):
+    settings = {**SMALL, "small_block_length": small, "skip_last_commit": skip_last_commit, "tokenizer": Letters()}
+    whole = family().run("plain", PROMPTS, settings)
+    stop = whole.texts[0][6:8]
+    cut = family().run("plain", PROMPTS, {**settings, "stop": [stop]})
+    assert cut.texts == [text.split(stop)[0] for text in whole.texts]
+    assert len(cut.texts[0]) <= 6
+    assert [c.tokens for c in cut.completions] == [t[: len(x)] for t, x in zip(whole.tokens, cut.texts, strict=True)]
+    assert cut.completions[0].trace.total_forwards < whole.completions[0].trace.total_forwards

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from shared import judging
 from shared.errors import UserError
 from train import functions, instructions, word_problems
 from train.tasks import TASKS, held_out, is_held_out, train_problems
@@ -135,9 +136,9 @@ for program in {broken!r}:
 
 def test_function_program_of_unfenced_or_cut_text():
     problem = _samples("functions", 1)[0]
-    code = functions.extract_code(problem.solution)
-    assert functions.extract_code(code) == code
-    assert functions.extract_code("```python\n" + code) == code
+    code = judging.extract_code(problem.solution)
+    assert judging.extract_code(code) == code
+    assert judging.extract_code("```python\n" + code) == code
     assert _run(functions.test_program(problem, code)) == 0
     assert _run(functions.test_program(problem, "no code at all")) != 0
 
@@ -147,5 +148,5 @@ def test_docstring_examples_hold():
     for problem in _samples("functions", 200):
         if found := re.search(r">>> (.+)\n +(.+)", problem.prompt):
             space: dict = {}
-            exec(functions.extract_code(problem.solution), space)
+            exec(judging.extract_code(problem.solution), space)
             assert eval(found[1], space) == eval(found[2])

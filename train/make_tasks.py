@@ -1,4 +1,4 @@
-"""Writes the offline tasks' problems: ``python -m eval.make_tasks``. The same bytes every time; a test compares them with what is committed."""
+"""Writes the offline tasks' problems: ``python -m train.make_tasks``. The same bytes every time; a test compares them with what is committed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from train.tasks import TASKS, held_out
 
 PROBLEMS, SEED = 256, 42
+FOLDER = Path(__file__).parents[1] / "eval" / "tasks"
 
 
 def lines(task: str) -> str:
@@ -18,4 +19,4 @@ def lines(task: str) -> str:
 
 if __name__ == "__main__":
     for name in TASKS:
-        (Path(__file__).parent / "tasks" / f"{name}.jsonl").write_text(lines(name))
+        (FOLDER / f"{name}.jsonl").write_text(lines(name))

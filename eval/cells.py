@@ -1,0 +1,199 @@
+"""One cell of a comparison: a setting on a task, measured through lm-eval, as plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from eval import calibration, code_eval
+from eval.grid import Asked, Grid, Setting
+from eval.model import DraftAndVerifyLM
+from eval.store import texts_in
+from shared.draft import How
+from shared.errors import UserError, unknown_name
+
+TASKS = Path(__file__).parent / "tasks"
+FEWSHOT_SEED = 1234  # lm-eval's own
+OFFLINE = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
+
+
+class Bench:
+    """Measures cells of one checkpoint; its predictions go under ``folder``."""
+
+    def __init__(self, grid: Grid, first: Setting, folder: Path, *, device: str, seed: int, run_code: bool):
+        from lm_eval.tasks import TaskManager
+
+        code_eval.install()
+        self.grid, self.folder, self.seed, self.run_code = grid, folder, seed, run_code
+        self.lm = DraftAndVerifyLM(
+            first.pretrained, first.family, first.decoder, dtype=grid.dtype, device=device, batch_size=grid.batch_size,
+            seed=seed, traces=True,
+        )  # fmt: skip
+        others = any(a.task not in OFFLINE for a in grid.tasks)
+        self.tasks = TaskManager(include_path=str(TASKS), include_defaults=others)
+        self._loaded: dict[str, dict] = {}
+        self._baselines: dict[str, dict[int, list[int]]] = {}
+
+    def measure(self, setting: Setting, asked: Asked) -> dict | None:
+        """The cell; None in the processes that do not lead. What an earlier run left of it is not decoded again."""
+        key = cell_key(self.grid, setting, asked, self.seed)
+        self.lm.use(setting.decoder, setting.preset, **setting.options)
+        self.lm.keep(self.folder / "predictions" / key, resume=True)
+        samples = self._evaluate(asked, self.grid.problems)
+        records, lossless = {r["doc"]: r for r in sorted(self.lm.spent, key=lambda r: r["key"])}, self.lm.lossless
+        if setting.name == self.grid.baseline:
+            self._baselines[asked.task] = {doc: r["ids"] for doc, r in records.items()}
+        estimators = {}
+        if self.grid.calibrate and any(r["verified"] for r in records.values()):
+            estimators = self._estimators(setting, asked)  # every process takes part
+        if samples is None:
+            return None
+        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records), **spent(records)}
+        cell |= traced(records, self._baseline(asked)) | {"lossless": lossless, "where": self._where()}
+        cell["calibration"] |= estimators
+        kept = cell["docs"][: self.grid.replays]
+        cell["replay"] = {str(d): self._replay(records[d], samples, d) for d in kept if d in records}
+        return cell
+
+    def _evaluate(self, asked: Asked, problems: int | None) -> list[dict] | None:
+        """lm-eval's samples of the task, by its own judge. Not by its `simple_evaluate`, which asks pip for every package each time."""
+        from lm_eval import evaluate
+
+        with quiet():
+            found = evaluate(
+                lm=self.lm, task_dict=self._load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
+                apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
+            )  # fmt: skip
+        return None if found is None else found["samples"][asked.task]
+
+    def _load(self, asked: Asked) -> dict:
+        """The task with the grid's number of examples in its prompts."""
+        if asked.task not in self._loaded:
+            loaded = self.tasks.load([asked.task])
+            if len(loaded["tasks"]) != 1:
+                raise UserError(
+                    f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
+                )
+            for task in loaded["tasks"].values():
+                asked_for, own = self.grid.num_fewshot, task.get_config("num_fewshot")
+                if own is None or (asked_for is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=asked_for or 0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._loaded[asked.task] = loaded
+        return self._loaded[asked.task]
+
+    def _baseline(self, asked: Asked) -> dict[int, list[int]]:
+        """Token ids of the baseline's texts by problem; none where it has not been measured here."""
+        if asked.task not in self._baselines:
+            family = self.lm.family_name
+            first = next((s for s in self.grid.settings if (s.family, s.name) == (family, self.grid.baseline)), None)
+            key = cell_key(self.grid, first, asked, self.seed) if first else ""
+            texts = texts_in(self.folder / "predictions" / key) if first else {}
+            self._baselines[asked.task] = {r["doc"]: r["ids"] for r in texts.values()}
+        return self._baselines[asked.task]
+
+    def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
+        """Bins of every acceptance estimator on this process's share, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
+        self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
+        self.lm.judge = recorder = calibration.Recorder()
+        self.lm.keep(None, resume=False)
+        self._evaluate(asked, self.grid.calibrate)
+        self.lm.judge = None
+        return recorder.bins
+
+    def _replay(self, record: dict, samples: list[dict], doc: int) -> dict:
+        """A decode as the report plays it: the pieces of the text, and of each when, how and how surely it was decided."""
+        first = min(record["step"], default=0)
+        prompt = next(str(s["arguments"][0][0]) for s in samples if s["doc_id"] == doc)
+        return {
+            "prompt": prompt,
+            "pieces": [self.lm.tokenizer.decode([i]) for i in record["ids"]],
+            "step": [s - first for s in record["step"]],
+            "how": [How(h).name.lower() for h in record["how"]],
+            "rank": record["rank"],
+            "confidence": [round(c, 3) for c in record["confidence"]],
+            "verified": [[k - first, span, taken] for k, span, taken in record["verified"]],
+            "forwards": record["forwards"],
+        }
+
+    def _where(self) -> dict:
+        """What the figures were measured on."""
+        import torch
+
+        device = self.lm.device
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        return {"device": name, "dtype": str(self.lm.model.dtype)[6:], "batch_size": self.grid.batch_size,
+                "processes": self.lm.world_size, "torch": torch.__version__}  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval's bars and notes are not shown: a comparison calls it hundreds of times."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
+    """The name of a cell: whatever changes its figures changes it."""
+    what = [setting.family, setting.decoder, setting.pretrained, setting.preset, setting.options, asked.task, asked.metric,
+            grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def described(setting: Setting, asked: Asked) -> dict:
+    """What was run."""
+    return {"family": setting.family, "setting": setting.name, "group": setting.group, "decoder": setting.decoder,
+            "pretrained": Path(setting.pretrained).name, "preset": setting.preset, "options": setting.options, "task": asked.task}  # fmt: skip
+
+
+def judged(samples: list[dict], asked: Asked, records: dict[int, dict]) -> dict:
+    """The problems and what the task's judge gave each."""
+    metric, _, chosen = (asked.metric or "").partition(",")
+    if chosen and chosen not in {s["filter"] for s in samples}:
+        raise unknown_name("filter of metric", chosen, sorted({s["filter"] for s in samples}))
+    samples = [s for s in samples if s["filter"] == (chosen or samples[0]["filter"])]
+    metric = metric or next(m for m in samples[0]["metrics"])
+    if metric not in samples[0]:
+        raise unknown_name("metric", metric, samples[0]["metrics"])
+    values = {s["doc_id"]: s[metric] for s in samples}
+    if not all(isinstance(v, int | float) for v in values.values()):
+        raise UserError(f"metric {metric!r} gives no number a problem. Allowed: another of {samples[0]['metrics']}")
+    docs = sorted(values)
+    return {"metric": metric, "docs": docs, "values": [float(values[d]) for d in docs],
+            "tokens": [records[d]["tokens"] if d in records else 0 for d in docs]}  # fmt: skip
+
+
+def spent(records: dict[int, dict]) -> dict:
+    """Forwards by kind, and the seconds of the slowest process: those of its calls up to their last text."""
+    forwards, calls = Counter(), defaultdict(float)
+    for r in records.values():
+        forwards.update(r["forwards"])
+        calls[r["process"], r["call"]] = max(calls[r["process"], r["call"]], r["at"])
+    seconds = defaultdict(float)
+    for (process, _), at in calls.items():
+        seconds[process] += at
+    return {"forwards": dict(forwards), "seconds": round(max(seconds.values(), default=0.0), 4)}
+
+
+def traced(records: dict[int, dict], baseline: dict[int, list[int]]) -> dict:
+    """What the traces tell: lengths accepted, calibration of the drafter's confidence, texts equal to the baseline's."""
+    accepted, known = Counter(), {d: r for d, r in records.items() if "ids" in r}
+    for r in known.values():
+        accepted.update(a for _, _, a in r["verified"])
+    agreed = [p for d, r in known.items() if d in baseline for p in calibration.of_unverified(r, baseline[d])]
+    judged_ = [p for r in known.values() for p in calibration.of_verified(r)]
+    return {
+        "accepted": {str(k): accepted[k] for k in sorted(accepted)},
+        "calibration": {
+            "accepted": calibration.bins_of(judged_) if judged_ else None,
+            "as baseline": calibration.bins_of(agreed) if agreed else None,
+        },
+        "same": sum(r["ids"] == baseline.get(d) for d, r in known.items()) if baseline else None,
+    }

@@ -1,0 +1,177 @@
+"""Compares decoders and families on the same problems and writes a report that shows who wins where.
+
+python -m eval.compare eval/grids/tiny.yaml --confirm_run_unsafe_code        # the shipped SDAR checkpoint: thresholds against S2D2
+python -m eval.compare --run family=SDAR,decoder=standard,block_length=8/16 --run family=SDAR,decoder=ssd_policy,preset=tiny --tasks instructions
+python -m eval.compare --readme                                              # rewrite the tables of the READMEs and measure nothing
+
+A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the same
+command goes on where a killed one stopped. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from eval.grid import Grid, grid_of, read_grid, run_of_flag
+from eval.results import refreshed, rows_of, write_csv
+from eval.store import opened, read_lines
+from shared.distributed import World
+from shared.errors import UserError, run_main
+
+ROOT = Path(__file__).parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flags.add_argument("grid", nargs="?", help="a YAML file: see eval/grids, and eval/grid.py for its keys")
+    flags.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        help="instead of a file: family=...,decoder=...,OPTION=VALUE/VALUE; repeatable",
+    )
+    flags.add_argument("--tasks", help="tasks of lm-eval, separated by commas; default: the grid's")
+    flags.add_argument("--problems", type=int, help="the first so many of each task; default: the grid's")
+    flags.add_argument(
+        "--baseline", help="the setting that the others are compared with; default: the grid's, or the first"
+    )
+    flags.add_argument("--only", help="of the grid only settings that this regular expression finds, and the baseline")
+    flags.add_argument("--output", help="folder of the results; default: results/NAME")
+    flags.add_argument("--batch_size", type=int, help="texts in flight; default: the grid's")
+    flags.add_argument("--dtype", help="auto, float32, bfloat16, ...; default: the grid's")
+    flags.add_argument("--device", default="auto")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument(
+        "--confirm_run_unsafe_code", action="store_true", help="run model-written code, confined (eval/sandbox.py)"
+    )
+    flags.add_argument(
+        "--report", action="store_true", help="measure nothing: write the report of the cells that are there"
+    )
+    flags.add_argument(
+        "--readme",
+        nargs="*",
+        metavar="FILE",
+        help="rewrite the tables of these READMEs (default: all) and measure nothing",
+    )
+    return flags
+
+
+def grid_from(args: argparse.Namespace) -> Grid:
+    """The grid of a file or of ``--run``, changed by the other flags."""
+    if bool(args.grid) == bool(args.run):
+        raise UserError("a grid file and --run are both given or both missing. Allowed: one of them")
+    tasks = args.tasks.split(",") if args.tasks else None
+    if args.run:
+        grid = grid_of({"name": "comparison", "tasks": tasks, "runs": [run_of_flag(r) for r in args.run]})
+    else:
+        grid = read_grid(args.grid)
+        kept = [a for t in tasks or () for a in [next((a for a in grid.tasks if a.task == t), None)] if a]
+        if tasks and len(kept) < len(tasks):
+            raise UserError(f"tasks is {args.tasks!r}. Allowed with this grid: {', '.join(a.task for a in grid.tasks)}")
+        grid = dataclasses.replace(grid, tasks=tuple(kept) or grid.tasks)
+    given = {k: v for k in ("problems", "batch_size", "dtype", "baseline") if (v := getattr(args, k)) is not None}
+    grid = dataclasses.replace(grid, **given)
+    for name in ("problems", "batch_size"):
+        if (value := getattr(grid, name)) is not None and value < 1:
+            raise UserError(f"{name} is {value}. Allowed: at least 1")
+    if not any(s.name == grid.baseline for s in grid.settings):
+        if args.baseline:
+            raise UserError(f"baseline is {args.baseline!r}. Allowed: {', '.join(s.name for s in grid.settings)}")
+        grid = dataclasses.replace(grid, baseline=grid.settings[0].name)
+    return grid.only(args.only) if args.only else grid
+
+
+def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool) -> None:
+    """Measure what is missing in ``folder``, baselines first, one checkpoint after the other."""
+    from eval.cells import Bench, cell_key
+
+    done = {c["key"] for c in cells_in(folder)}
+    leads = World.from_environment().rank == 0
+    ordered = sorted(grid.settings, key=lambda s: s.name != grid.baseline)
+    todo = [(s, a) for s in ordered for a in grid.tasks if cell_key(grid, s, a, seed) not in done]
+    number = 0
+    for source in dict.fromkeys((s.family, s.pretrained) for s, _ in todo):
+        here = [(s, a) for s, a in todo if (s.family, s.pretrained) == source]
+        bench = Bench(grid, here[0][0], folder, device=device, seed=seed, run_code=run_code)
+        for setting, asked in here:
+            number += 1
+            cell = bench.measure(setting, asked)
+            if leads and cell is not None:
+                with opened(folder / "cells.jsonl", resume=True) as file:
+                    file.write(json.dumps(cell) + "\n")
+                print(f"{number}/{len(todo)} {line_of(cell)}", flush=True)
+
+
+def line_of(cell: dict) -> str:
+    """A cell in one line, for whoever watches."""
+    count, tokens = len(cell["docs"]), max(1, sum(cell["tokens"]))
+    return (
+        f"{cell['family']} {cell['task']} {cell['setting']}: {100 * sum(cell['values']) / count:.1f} % of {count}, "
+        f"{sum(cell['forwards'].values()) / tokens:.3f} forwards/token, {cell['seconds']:.1f} s"
+    )
+
+
+def cells_in(folder: Path) -> list[dict]:
+    """The finished cells of a folder, the last of a key where there are two."""
+    path = folder / "cells.jsonl"
+    return list({c["key"]: c for c in read_lines(path)}.values()) if path.is_file() else []
+
+
+def write(grid: Grid, folder: Path, seed: int) -> None:
+    """Every file of the report, from the finished cells of this grid."""
+    from eval import page, plots
+    from eval.cells import cell_key
+
+    keys = {cell_key(grid, s, a, seed): s for a in grid.tasks for s in grid.settings}
+    measured = {c["key"]: c for c in cells_in(folder)}
+    cells = [measured[k] | {"setting": s.name, "group": s.group} for k, s in keys.items() if k in measured]
+    if not cells:
+        raise UserError(
+            f"output {str(folder)!r} holds no cell of this grid. Allowed: a folder in which one was measured"
+        )
+    rows = rows_of(cells, grid.baseline)
+    about = {"name": grid.name, "about": grid.about, "baseline": grid.baseline, "problems": grid.problems, "seed": seed,
+             "finished": f"{len(cells)} of {len(keys)} cells"}  # fmt: skip
+    results = {"grid": about, "rows": rows}
+    (folder / "results.json").write_text(in_lines(results), encoding="utf-8")
+    write_csv(folder / "results.csv", rows)
+    pictures = plots.draw(results, cells, folder)
+    (folder / "report.html").write_text(page.render(results, cells, pictures), encoding="utf-8")
+    print(f"{folder}/report.html, results.json, results.csv, {', '.join(p.name for p in pictures.values())}")
+
+
+def in_lines(results: dict) -> str:
+    """JSON with one row a line, so that a change is a change of lines."""
+    rows = ",\n".join(json.dumps(r) for r in results["rows"])
+    return f'{{"grid": {json.dumps(results["grid"])},\n"rows": [\n{rows}\n]}}\n'
+
+
+def readmes() -> list[Path]:
+    """Every README of the repository."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("*/*/README.md"))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.readme is not None:
+        for path in [Path(f) for f in args.readme] or readmes():
+            path.write_text(refreshed(path.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+        return
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    grid = grid_from(args)
+    folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        measure(grid, folder, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
+    if World.from_environment().rank == 0:
+        write(grid, folder, args.seed)
+
+
+if __name__ == "__main__":
+    run_main(main)

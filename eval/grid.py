@@ -1,0 +1,163 @@
+"""What a comparison runs: families, decoders, settings and tasks, from a YAML file or from flags.
+
+    name: SDAR frontier
+    tasks: [word_problems, functions, instructions]     # or {task: gsm8k, metric: "exact_match,flexible-extract"}
+    problems: 256
+    baseline: block size one                            # the setting that the others are compared with
+    runs:
+      - family: SDAR
+        decoder: standard
+        name: "plain B={block_length} {confidence_threshold}"
+        group: "plain B={block_length}"
+        options: {block_length: [8, 16], confidence_threshold: [0.8, 0.9]}     # a list is swept
+        variants: {}                                    # name -> options, swept like a list; the name is {variant}
+
+A run without ``pretrained`` takes the checkpoint that ships with its family. ``preset`` is a preset of the decoder, under ``options``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+
+from eval.families import family_named
+from shared.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One decoder with its options. ``group`` is drawn as one line."""
+
+    name: str
+    family: str
+    decoder: str
+    pretrained: str
+    group: str
+    preset: str | None = None
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first."""
+
+    task: str
+    metric: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """``problems``: the first so many of each task (None: all). ``calibrate``: so many also with every acceptance estimator at work.
+    ``replays``: of so many problems a task the traces go into the report."""
+
+    name: str
+    settings: tuple[Setting, ...]
+    tasks: tuple[Asked, ...]
+    about: str = ""
+    baseline: str = ""
+    problems: int | None = None
+    batch_size: int = 32
+    dtype: str = "auto"
+    chat: bool = True
+    num_fewshot: int | None = None
+    replays: int = 2
+    calibrate: int = 0
+
+    def only(self, pattern: str) -> Grid:
+        """The settings whose name the regular expression finds, and the baseline."""
+        kept = tuple(s for s in self.settings if s.name == self.baseline or re.search(pattern, s.name))
+        if not kept:
+            raise UserError(f"only is {pattern!r}, which no setting of {self.name} matches. Allowed: a part of a name")
+        return replace(self, settings=kept)
+
+
+_RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants")
+_GRID_KEYS = (*(f.name for f in fields(Grid) if f.name != "settings"), "runs")
+
+
+def read_grid(path: str | Path) -> Grid:
+    """The grid of a file; `UserError` for what cannot be."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"grid {str(path)!r} cannot be read ({' '.join(str(error).split())}). Allowed: a YAML file"
+        ) from error
+    if not isinstance(data, dict):
+        raise UserError(f"grid {str(path)!r} holds no mapping. Allowed: see eval/grids")
+    return grid_of({"name": Path(path).stem, **data})
+
+
+def grid_of(data: dict) -> Grid:
+    """A grid from plain data, checked: every key, every decoder, every option."""
+    for key in data:
+        if key not in _GRID_KEYS:
+            raise unknown_name("key of a grid", str(key), _GRID_KEYS)
+    settings = tuple(s for run in data.get("runs") or () for s in settings_of(run))
+    tasks = tuple(Asked(**t) if isinstance(t, dict) else Asked(str(t)) for t in data.get("tasks") or ())
+    if not settings or not tasks:
+        raise UserError("a grid has no runs or no tasks. Allowed: at least one of each")
+    grid = Grid(settings=settings, tasks=tasks, **{k: v for k, v in data.items() if k not in ("runs", "tasks")})
+    seen: set[tuple[str, str]] = set()
+    for s in settings:
+        if (s.family, s.name) in seen:
+            raise UserError(f"two settings of {s.family} are called {s.name!r}. Allowed: names that differ")
+        seen.add((s.family, s.name))
+    if grid.baseline and not any(s.name == grid.baseline for s in settings):
+        raise unknown_name("baseline", grid.baseline, [s.name for s in settings])
+    return grid
+
+
+def settings_of(run: dict) -> Iterator[Setting]:
+    """The settings of one run: every combination of its swept options and variants."""
+    for key in run:
+        if key not in _RUN_KEYS:
+            raise unknown_name("key of a run", str(key), _RUN_KEYS)
+    family = family_named(run.get("family", "SDAR"))
+    decoder = run.get("decoder") or next(iter(family.decoders))
+    if decoder not in family.decoders:
+        raise unknown_name("decoder", decoder, family.decoders)
+    options, preset = run.get("options") or {}, run.get("preset")
+    swept = {k: v for k, v in options.items() if isinstance(v, list)}
+    fixed = {k: v for k, v in options.items() if k not in swept}
+    below = family.decoders[decoder].preset(preset) if preset else {}
+    for (variant, more), *values in itertools.product((run.get("variants") or {"": {}}).items(), *swept.values()):
+        flat = {**fixed, **dict(zip(swept, values, strict=True)), **more}
+        family.decoders[decoder].options_class.from_flat({**below, **flat})
+        words = {**flat, "variant": variant, "decoder": decoder, "family": run.get("family", "SDAR")}
+        name = _filled(run.get("name") or _plain_name(decoder, preset, variant, swept), words)
+        group = _filled(run.get("group") or decoder, words)
+        pretrained = run.get("pretrained") or family.shipped
+        yield Setting(name, run.get("family", "SDAR"), decoder, pretrained, group, preset, flat)
+
+
+def _plain_name(decoder: str, preset: str | None, variant: str, swept: dict) -> str:
+    """A name for a run that has none."""
+    return " ".join([decoder, *filter(None, (preset, variant)), *(f"{k}={{{k}}}" for k in swept)])
+
+
+def _filled(pattern: str, words: dict) -> str:
+    try:
+        return pattern.format(**words)
+    except (KeyError, IndexError) as error:
+        raise UserError(f"name {pattern!r} asks for {error}. Allowed: {', '.join(words)}") from None
+
+
+def run_of_flag(text: str) -> dict:
+    """``family=SDAR,decoder=ssd_policy,block_length=8/16`` as a run of a grid; values between slashes are swept."""
+    run: dict = {"options": {}}
+    for part in filter(None, text.split(",")):
+        key, found, value = part.partition("=")
+        if not found:
+            raise UserError(f"run has {part!r}. Allowed: KEY=VALUE, separated by commas")
+        if key in ("family", "decoder", "name", "group", "pretrained", "preset"):
+            run[key] = value
+        else:
+            values = [yaml.safe_load(v) for v in value.split("/")]
+            run["options"][key] = values if len(values) > 1 else values[0]
+    return run

@@ -1,0 +1,235 @@
+"""`python -m eval.compare`: its grids, its statistics, what it measures and resumes, its report and the tables of READMEs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from scipy.stats import binomtest
+
+from eval import agreement, calibration, compare, results
+from eval.grid import grid_of, read_grid, run_of_flag
+from eval.stats import mcnemar, wilson
+from shared.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+GRIDS = sorted((ROOT / "eval" / "grids").glob("*.yaml"))
+RUNS = [
+    {"decoder": "standard", "name": "one", "options": {"block_length": 1}},
+    {
+        "decoder": "standard",
+        "name": "plain {confidence_threshold}",
+        "group": "plain B=16",
+        "options": {"confidence_threshold": [0.6, 0.99]},
+    },
+    {"decoder": "ssd_policy", "name": "exact", "group": "S2D2", "preset": "tiny", "options": {"block_length": 16}},
+]
+GRID = {
+    "name": "a test",
+    "tasks": ["instructions"],
+    "problems": 4,
+    "batch_size": 4,
+    "dtype": "float32",
+    "baseline": "one",
+    "calibrate": 2,
+    "runs": RUNS,
+}
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (256, 256), (241, 256)])
+def test_wilson(right, count):
+    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    assert wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_problems_only_one_solves():
+    rng = random.Random(0)
+    for _ in range(20):
+        first, second = ([rng.random() < share for _ in range(60)] for share in (0.7, 0.5))
+        better, worse, p = mcnemar(first, second)
+        assert p == pytest.approx(binomtest(better, better + worse).pvalue)
+    assert mcnemar([True, False], [True, False]) == (0, 0, 1.0)
+
+
+def test_a_grid_sweeps_lists_and_variants():
+    run = {"decoder": "ssd_policy", "name": "{variant} {block_length}", "options": {"block_length": [8, 16], "cache_ver": True},
+           "variants": {"a": {"do_verify_policy": "always"}, "n": {"do_verify_policy": "never"}}}  # fmt: skip
+    grid = grid_of({"name": "g", "tasks": ["functions", {"task": "gsm8k", "metric": "exact_match"}], "runs": [run]})
+    assert [s.name for s in grid.settings] == ["a 8", "a 16", "n 8", "n 16"]
+    assert grid.settings[3].options == {"block_length": 16, "cache_ver": True, "do_verify_policy": "never"}
+    assert grid.tasks[1].metric == "exact_match"
+    assert run_of_flag("family=SDAR,decoder=standard,block_length=8/16,confidence_threshold=0.9") == {
+        "family": "SDAR", "decoder": "standard", "options": {"block_length": [8, 16], "confidence_threshold": 0.9}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"problem": 3}, "did you mean problems"),
+        ({"runs": [{"family": "SDAR", "option": {}}]}, "did you mean options"),
+        ({"runs": [{"options": {"block_lenght": 8}}]}, "did you mean block_length"),
+        ({"runs": [{"decoder": "ssd"}]}, "unknown decoder"),
+        ({"runs": [{"name": "x"}, {"name": "x", "decoder": "standard"}]}, "names that differ"),
+        ({"runs": [{"name": "{block}"}]}, "asks for 'block'"),
+        ({"baseline": "two"}, "unknown baseline"),
+        ({"tasks": []}, "no runs or no tasks"),
+    ],
+)
+def test_a_wrong_grid_is_told_in_one_line(change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        grid_of({**GRID, **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
+def test_shipped_grids_can_be_read(path):
+    assert read_grid(path).settings
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "grid.yaml").write_text(json.dumps(GRID))
+    compare.main([str(folder / "grid.yaml"), "--output", str(folder), "--device", "cpu"])
+    return folder
+
+
+def test_what_is_measured(measured):
+    rows = {r["setting"]: r for r in json.loads((measured / "results.json").read_text())["rows"]}
+    one, exact = rows["one"], rows["exact"]
+    assert list(rows) == ["one", "plain 0.6", "plain 0.99", "exact"]
+    assert exact["lossless"]
+    assert not rows["plain 0.6"]["lossless"]
+    assert one["same"] == exact["same"] == 4
+    assert (exact["better"], exact["worse"], exact["p"]) == (0, 0, 1.0)
+    assert exact["accuracy"] == one["accuracy"] == sum(map(int, one["solved"])) / 4
+    assert rows["plain 0.6"]["forwards_per_token"] < exact["forwards_per_token"] < 1 < one["forwards_per_token"]
+    assert sum(exact["by_kind"].values()) == pytest.approx(exact["forwards_per_token"])
+    assert exact["accepted_per_verify"] > 1
+    with (measured / "results.csv").open() as file:
+        assert [line["setting"] for line in csv.DictReader(file)] == list(rows)
+
+
+def test_traces_calibrate_and_replay(measured):
+    cells = {c["setting"]: c for c in compare.cells_in(measured)}
+    exact, plain = cells["exact"], cells["plain 0.6"]
+    assert sum(exact["accepted"].values()) == exact["forwards"]["verify"]
+    assert set(calibration.ESTIMATORS) < set(exact["calibration"])
+    assert all(true <= n and said <= n + 1e-6 for n, said, true in exact["calibration"]["soft_entropy_negexp"])
+    assert plain["calibration"]["accepted"] is None
+    assert plain["calibration"]["as baseline"][-1][0] > 0
+    replay = exact["replay"]["0"]
+    assert len(replay["pieces"]) == exact["tokens"][0] == len(replay["how"])
+    assert sum(k for _, _, k in replay["verified"]) >= replay["how"].count("accepted")
+
+
+def test_a_killed_comparison_goes_on(measured, tmp_path):
+    """As a kill leaves it: the last cell unwritten, of its texts one and a half on disk."""
+    folder = tmp_path / "again"
+    shutil.copytree(measured, folder)
+    before = json.loads((folder / "results.json").read_text())["rows"]
+    lines = (folder / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    last = json.loads(lines[-1])["key"]
+    (folder / "cells.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:100])
+    texts = folder / "predictions" / last / "predictions-0.jsonl"
+    kept = texts.read_bytes().splitlines(keepends=True)
+    texts.write_bytes(kept[0] + kept[1][:30])
+    compare.main([str(folder / "grid.yaml"), "--output", str(folder), "--device", "cpu"])
+    timed = ("seconds", "tokens_per_second")
+    after = json.loads((folder / "results.json").read_text())["rows"]
+    assert [{k: v for k, v in r.items() if k not in timed} for r in after] == [
+        {k: v for k, v in r.items() if k not in timed} for r in before
+    ]
+    assert texts.read_bytes().startswith(kept[0])
+    assert len(texts.read_bytes().splitlines()) == 5
+
+
+def test_winners_are_the_cheapest_at_equal_accuracy():
+    def row(setting, accuracy, forwards, verifies=0, p=1.0):
+        return {"family": "F", "task": "t", "setting": setting, "accuracy": accuracy, "forwards_per_token": forwards, "verifies": verifies,
+                "tokens_per_second": 1 / forwards, "p": p}  # fmt: skip
+
+    rows = [row("one", 0.9, 1.0), row("plain fast", 0.5, 0.1, p=0.001), row("plain noise", 0.88, 0.2, p=0.3), row("plain slow", 0.9, 0.4),
+            row("spec", 0.9, 0.25, 5), row("spec dear", 0.95, 0.3, 5)]  # fmt: skip
+    found = {(w["bar"], w["cost"]): w for w in results.winners(rows, "one")}
+    strict, loose = found["at least", "forwards / token"], found["not below", "seconds"]
+    assert (strict["plain"]["setting"], strict["speculative"]["setting"]) == ("plain slow", "spec")
+    assert strict["gain"] == pytest.approx(1.6)
+    assert loose["plain"]["setting"] == "plain noise"
+    assert loose["gain"] == pytest.approx(0.8)
+
+
+def test_tables_are_made_between_their_marks(measured):
+    text = "before\n<!-- compare rows: results.json instructions ^plain -->\nold\n<!-- /compare -->\nafter"
+    made = results.refreshed(text, measured)
+    assert "| plain 0.6 |" in made
+    assert "| exact |" not in made
+    assert "old" not in made
+    assert results.refreshed(made, measured) == made
+    assert (made.startswith("before\n"), made.endswith("after")) == (True, True)
+    for kind, part in (("winners", "S2D2"), ("families", "| SDAR | exact |")):
+        assert part in results.refreshed(f"<!-- compare {kind}: results.json -->\n<!-- /compare -->", measured)
+    with pytest.raises(UserError, match="unknown table"):
+        results.refreshed("<!-- compare row: results.json -->\n<!-- /compare -->", measured)
+    with pytest.raises(UserError, match="not there"):
+        results.refreshed("<!-- compare rows: nothing.json -->\n<!-- /compare -->", measured)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed (Debian's package nodejs)")
+def test_the_logic_of_the_report(tmp_path):
+    """report.test.js under node, with McNemar's figures from Python."""
+    rng, cases = random.Random(1), []
+    for count in (1, 5, 40, 256):
+        first, second = ("".join(rng.choice("01") for _ in range(count)) for _ in range(2))
+        cases.append(
+            {"first": first, "second": second, "expected": mcnemar(*([c == "1" for c in s] for s in (first, second)))}
+        )
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        ["node", "--test", str(Path(__file__).parent / "report.test.js")],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin:/usr/local/bin", "MCNEMAR_CASES": str(tmp_path / "cases.json")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def browse(page: Path, *flags: str) -> str:
+    with tempfile.TemporaryDirectory() as profile:
+        call = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--window-size=1300,2400",
+                "--virtual-time-budget=2000", *flags, page.as_uri()]  # fmt: skip
+        return subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
+def test_the_report_in_a_browser(measured, tmp_path):
+    """The page stands alone: its table is filled, a decode is shown, and a picture of it is no blank."""
+    from matplotlib.image import imread
+
+    page = tmp_path / "alone" / "report.html"
+    page.parent.mkdir()
+    shutil.copy(measured / "report.html", page)
+    found = browse(page, "--dump-dom")
+    assert found.count('<td class="name">') == 4
+    assert 'class="token accepted' in found
+    assert "solved" in found.split('id="right-verdict"')[1][:40]
+    browse(page, f"--screenshot={tmp_path / 'page.png'}")
+    picture = imread(tmp_path / "page.png")[..., :3]
+    assert picture.shape[:2] == (2400, 1300)
+    assert picture.std() > 0.05
+
+
+def test_common_prefix():
+    assert agreement.common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert agreement.common_prefix([1, 2], [1, 2, 4]) == 2
+    assert agreement.common_prefix([], [1]) == 0
