@@ -22,11 +22,8 @@ from llada2.options import (
     StandardOptions,
     plain,
 )
-from shared.engine import Engine
 from shared.errors import UserError
-from shared.phases import Phases
 from tests import family_checks as checks
-from tests.recorder import recorder
 
 FOLDER = checks.golden_folder("LLaDA2")
 
@@ -158,20 +155,7 @@ def test_unsaved_equals_reference(decoder, flat):
 
 @each_saved_setting
 def test_captured_phases_change_nothing(decoder, flat, monkeypatch):
-    """What runs between forwards, replayed into fixed memory as graphs would be: ids, order, edits and forwards stay."""
-    prompts = checks.draw_prompts(3, seed=12)
-    run = lambda: family().run(decoder, prompts, flat, seed=6, batch_size=2)  # noqa: E731
-    plain, made = run(), []
-
-    def phases_for(engine, signature, owners):
-        made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
-        return made[-1]
-
-    monkeypatch.setattr(Engine, "phases_for", phases_for)
-    captured = run()
-    assert made[0]._captured, "nothing was captured"
-    assert captured.tokens == plain.tokens
-    assert [c.trace for c in captured.completions] == [c.trace for c in plain.completions]
+    checks.check_captured_phases(family(), decoder, flat, checks.draw_prompts(3, seed=12), 2, monkeypatch)
 
 
 @each_distinct_setting
@@ -229,7 +213,9 @@ def test_a_short_verify_touches_fewer_experts(monkeypatch):
     gates = [layer.mlp.gate for layer in family().model.model.layers if hasattr(layer.mlp, "gate")]
     note = lambda gate, args, out: touched.update({(name, kinds[-1]): len(out[0].unique())})  # noqa: E731
     handles = [gate.register_forward_hook(note) for gate in gates]
-    monkeypatch.setattr(decoding.Run, "forward", lambda run, kind, *a: kinds.append(kind) or original(run, kind, *a))
+    monkeypatch.setattr(
+        decoding.Run, "forward", lambda run, kind, *a, **k: kinds.append(kind) or original(run, kind, *a, **k)
+    )
     for name, short in (("short", True), ("whole", False)):
         out = family().run("speculative", [[1, 2, 3]], {**BASE, "do_verify_policy": "always", "short_verify": short})
         tokens[name] = out.batch_tokens["verify"]
