@@ -22,23 +22,20 @@ from llada2.options import NoCacheOptions, Options, StandardOptions
 from llada2.rows import Rows
 from shared import masks
 from shared import run as shared_run
-from shared.batch import Finished, by_tokens, whole_blocks
+from shared.batch import Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
-from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
 from shared.engine import Engine, Inputs, Staged
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.routing import Never, make_policy
-from shared.run import Verified, View, draft_of, judged, span_verdict, verify_spans
+from shared.run import Verified, View, commit, draft_of, judged, prefill, settle, span_verdict, verify_spans
 from shared.sampling import GREEDY_BELOW
 from shared.spans import Picked, pick, wishes
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
 from shared.verify import Verdict, judge, losslessness
-
-PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
 
 
 @dataclass
@@ -100,16 +97,19 @@ def decode(
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
-    while prefill(run) or run.batch.active:
+    while prefill(run, encode_prompts) or run.batch.active:
         rows = run.batch.active
         draft, wish = propose(run, rows)
         picked = route(run, rows, wish)
         verified = verify_spans(run, rows, draft, picked)
-        finished = stops.end(settle(run, rows, draft, verified))
+        finished = stops.end(settle(run, rows, draft, verified, decided))
         if on_block:
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, options.blocks.max_new_tokens))
-        commit(run, finished)
+        if run.cached:
+            commit(run, finished, is_encoded, commit_mask)
+        else:
+            run.batch.advance([f.row for f in finished if not f.last])
         for f in finished:
             if f.last:
                 position = run.batch.rows[f.row].position
@@ -170,24 +170,10 @@ def resolve(model: LLaDA2MoeModelLM, options: NoCacheOptions, tokenizer=None) ->
     return replace(options, blocks=blocks)
 
 
-def prefill(run: Run) -> bool:
-    """Admit waiting prompts and encode their whole blocks. True if any came."""
-    batch = run.batch
-    rows = batch.admit()
-    run.cache.reset(rows)
-    run.policy.reset(rows)
-    began = time.perf_counter()
-    if run.cached:
-        for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
-            encode_prompts(run, group)
-    if rows and run.cache.length.is_cuda:
-        torch.cuda.synchronize(run.cache.length.device)
-    run.prefill_seconds += time.perf_counter() - began
-    return bool(rows)
-
-
 def encode_prompts(run: Run, rows: list[int]) -> None:
-    """One forward over the whole blocks of the prompts of ``rows``, all of which have some."""
+    """One forward over the whole blocks of the prompts of ``rows``, all of which have some; none where nothing is cached."""
+    if not run.cached:
+        return
     starts = [run.batch.rows[i].start for i in rows]
     ids = run.batch.tokens[run.batch.index(rows), : max(starts)]
     positions = torch.arange(max(starts), device=ids.device).expand_as(ids)
@@ -280,19 +266,6 @@ def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
     return pick(run.policy, wish, run.engine, candidates, whole=run.whole_verify)
 
 
-def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
-    """Decide the step, and read which blocks are finished; if logits were not finite, say in which layer that began."""
-    try:
-        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
-    except FloatingPointError as error:
-        length = run.batch.block_length
-        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
-        positions = run.batch.positions(draft.rows).repeat(1, 2)
-        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
-        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
-        raise FloatingPointError(f"{error}, first in {layer}") from None
-
-
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
     """What the step writes: the verified prefix, then what it still owes by confidence. Returns what `Batch.settle` reads."""
     choice, reach, finite = judged(run, draft, verified, span_verdict)
@@ -323,28 +296,9 @@ def is_encoded(run: Run, finished: Finished) -> bool:
     return savings.reuse_verify and causal
 
 
-def commit(run: Run, finished: list[Finished]) -> None:
-    """Keep the keys and values of finished blocks: those a forward of this step computed from the final tokens, else by a forward of the final
-    tokens, now or together with the next draft. Then move the rows on."""
-    batch, length = run.batch, run.batch.block_length
-    if run.cached and finished:
-        savings = run.options.savings
-        wanted = [f for f in finished if not (f.last and savings.skip_last_commit)]
-        encoded = [f.row for f in wanted if is_encoded(run, f)]
-        now = []
-        for f in wanted:
-            if f.row not in encoded:
-                if savings.fuse_commit and not f.last:
-                    batch.rows[f.row].uncommitted = True
-                else:
-                    now.append(f.row)
-        if now:
-            index = batch.index(now)
-            mask = masks.token_causal(length, index.device) if run.cache_options.cache_ver else None
-            inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
-            run.forward("commit", now, inputs, length)
-        run.cache.commit([length] * len(encoded + now), encoded + now)
-    batch.advance([f.row for f in finished if not f.last])
+def commit_mask(run: Run, index: Tensor) -> Tensor | None:
+    """How the tokens of a finished block see each other when it is committed (None: all of them)."""
+    return masks.token_causal(run.batch.block_length, index.device) if run.cache_options.cache_ver else None
 
 
 def _lossless(options: NoCacheOptions) -> Lossless:
