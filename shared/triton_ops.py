@@ -541,7 +541,7 @@ def _attend_split_kernel(
     offset, reach = 0, length
     if MOVED:
         offset = tl.load(offsets + seq).to(tl.int32)
-        reach = length + columns
+        reach = tl.where(real, length + columns, 0)
     chunk, _ = _share(reach, BLOCK_S, SPLITS)
     local = split == SPLITS - 1
     first = split * chunk
@@ -645,8 +645,8 @@ def _merge_splits_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     token, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seq = token // tokens
-    length = tl.where(tl.load(rows + seq) >= 0, tl.load(prefixes + seq), 0).to(tl.int32)
-    _, busy = _share(length + beside, BLOCK_S, SPLITS)
+    reach = tl.where(tl.load(rows + seq) >= 0, tl.load(prefixes + seq) + beside, 0).to(tl.int32)
+    _, busy = _share(reach, BLOCK_S, SPLITS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     group, part, d = tl.arange(0, GROUP), tl.arange(0, PARTS), tl.arange(0, D)
