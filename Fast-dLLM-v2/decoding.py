@@ -23,6 +23,7 @@ from shared.calls import check_call, check_prompts, split_call
 from shared.draft import Choice, Draft, How
 from shared.engine import Engine
 from shared.errors import UserError
+from shared.graphs import Shape
 from shared.options import Acceptance
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
@@ -159,8 +160,21 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
     zeros = torch.zeros(rows, dtype=torch.long, device=device)
     # A verify beside a block cache is written behind the block.
     slots = batch.capacity + blocks.block_length * options.block_cache.use_block_cache
-    engine = Engine.of(model, rows, slots, blocks.block_length, options.runtime)
+    engine = Engine.of(model, rows, slots, blocks.block_length, options.runtime, forward_kinds(options))
     return Run(model, options, batch, engine, policy, judge, zeros, zeros.clone())
+
+
+def forward_kinds(options: StandardOptions) -> list[Shape]:
+    """The forwards of one row that are worth a graph: drafts, commits and, one token wider than a draft, verifies."""
+    length, small = options.blocks.block_length, options.blocks.small_block_length
+    apart = options.block_cache.use_block_cache
+    kinds = [Shape(1, length, picks=small, lasting=True), Shape(1, length, picks=1)]
+    if apart:
+        kinds.append(Shape(1, small, picks=small, width=length, lasting=True))
+    if isinstance(options, Options):
+        reach = range(small, length + 1, small)
+        kinds += [Shape(1, tokens, picks=small + 1, width=length + tokens if apart else 0) for tokens in reach]
+    return kinds
 
 
 def resolve(model: Fast_dLLM_QwenForCausalLM, options: StandardOptions, tokenizer=None) -> StandardOptions:
@@ -232,22 +246,27 @@ def propose(run: Run, rows: list[int]) -> Draft:
         known = known + batch.offset(index) if run.cache_options.draft_ver_rows == "block" else known
         run.causal_rows[index] = torch.maximum(run.causal_rows[index], known)
         mask = masks.causal_until(run.causal_rows[index], batch.window)
-    parts = []
-    for inside in (False, True):
-        chosen = [k for k, w in enumerate(within) if w == inside]
-        if chosen:
-            some = None if mask is None else mask[chosen]
-            parts.append((chosen, (draft_within if inside else draft_whole)(run, [rows[k] for k in chosen], some)))
-    logits = parts[0][1] if len(parts) == 1 else torch.empty_like(parts[0][1][:1]).repeat(len(rows), 1, 1)
-    if len(parts) > 1:
-        for chosen, found in parts:
-            logits[chosen] = found
+    if any(within) and not all(within):
+        logits = draft_both(run, rows, within, mask)
+    else:
+        logits = (draft_within if within[0] else draft_whole)(run, rows, mask)
     uniform = None
     if sampling.temperature >= GREEDY_BELOW:
         uniform = batch.uniforms.take(index, batch.block_length, batch.block_length)
     tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
     entry = torch.arange(len(rows), device=index.device)
     return Draft(index, block, masked, tokens, confidence, logits, entry, (~masked).sum(-1), sampling)
+
+
+def draft_both(run: Run, rows: list[int], within: list[bool], mask: Tensor | None) -> Tensor:
+    """Logits ``[b, small, V]`` of rows some of which draft ``within`` their small blocks; copied, as the second forward may overwrite the first one's."""
+    logits = None
+    for inside, draft in ((False, draft_whole), (True, draft_within)):
+        chosen = [k for k, w in enumerate(within) if w == inside]
+        found = draft(run, [rows[k] for k in chosen], None if mask is None else mask[chosen])
+        logits = found.new_empty(len(rows), *found.shape[1:]) if logits is None else logits
+        logits[chosen] = found
+    return logits
 
 
 def draft_whole(run: Run, rows: list[int], mask: Tensor | None) -> Tensor:
@@ -295,8 +314,7 @@ def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> tuple[
         places = batch.places(part.rows)
         ids = ids.scatter(1, places, torch.where(part.masked, part.tokens, part.block))
         at = previous_row(places)
-        if run.reuse_verify:
-            at = torch.cat([at, torch.full_like(at[:, :1], tokens - 1)], 1)
+        at = torch.cat([at, torch.full_like(at[:, :1], tokens - 1)], 1)
         mask, offset = masks.token_causal(tokens, ids.device), 0
         if options.block_cache.use_block_cache:
             mask, offset = (
@@ -320,9 +338,9 @@ def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> tuple[
 def unmask(run: Run, draft: Draft, choice: Choice) -> None:
     """Where verification decided nothing: every draft above the threshold, and the most confident one in any case."""
     eligible = draft.masked & (choice.count == 0)[:, None]
-    one, place = torch.ones_like(draft.rows), torch.arange(eligible.shape[1], device=eligible.device)
+    one = torch.ones_like(draft.rows)
     take, _ = above_threshold(draft.confidence, eligible, one, run.options.unmask.confidence_threshold)
-    choice.add(take, draft.tokens, How.UNMASKED, place.expand_as(eligible))
+    choice.add(take, draft.tokens, How.UNMASKED)
 
 
 def settle(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:

@@ -7,7 +7,6 @@ python example_v2.py --generate_fn ssd --model Efficient-Large-Model/Fast_dLLM_v
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
 from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.options import DEFAULT_PROMPT, PLAIN_PRESETS, PRESETS, SSD_PRESETS, Options, StandardOptions, plain
-from shared.cli import Script
-from shared.errors import run_main, unknown_name
+from shared.cli import Script, choose_script
+from shared.errors import run_main
 
 
 def one_token(options: StandardOptions) -> StandardOptions:
@@ -61,15 +60,8 @@ SCRIPTS = {
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Take ``--generate_fn`` off the command line and run the script it names (default: fast)."""
-    argv, name = list(sys.argv[1:] if argv is None else argv), "fast"
-    for k, word in enumerate(argv):
-        if word.split("=")[0] == "--generate_fn":
-            name = word.partition("=")[2] or (argv[k + 1] if k + 1 < len(argv) else "")
-            del argv[k : k + (1 if "=" in word else 2)]
-            break
-    if name not in SCRIPTS:
-        raise unknown_name("generate_fn", name, SCRIPTS)
-    SCRIPTS[name].run(argv)
+    script, rest = choose_script(SCRIPTS, argv, "generate_fn", "fast")
+    script.run(rest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

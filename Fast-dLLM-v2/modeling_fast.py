@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fast_dllm_v2.configuration_fast import Fast_dLLM_QwenConfig
 from shared.attention import attend
-from shared.errors import UserError
 from shared.kv_cache import BlockCache, Window
 from shared.loading import CheckpointModel, special_ids
 from shared.rotary import rotary_tables, rotate
@@ -133,10 +132,11 @@ class Fast_dLLM_QwenForCausalLM(CheckpointModel):
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
 
-    def fast(self, *, required: bool = False) -> None:
-        """This family has no GPU forward of its own yet: None, and `UserError` if ``required``."""
-        if required:
-            raise UserError("fast is True. Allowed: false; Fast-dLLM v2 runs on torch's own kernels")
+    def fast(self, *, required: bool = False):
+        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
+        from fast_dllm_v2.fast import FastFastdLLM
+
+        return FastFastdLLM.of(self, required)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fast_dllm_v2.options import Blocks
 from shared.batch import Batch, Finished, Row
-from shared.draft import How
+from shared.draft import Draft, How
 
 
 class Rows(Batch):
@@ -39,7 +39,7 @@ class Rows(Batch):
         furthest = max(max(self._total(len(p)), len(p)) for p in prompts) + 1
         return -(-furthest // self.window) * self.window
 
-    def _left(self, block: Tensor, stops: Tensor) -> Tensor:
+    def _left(self, draft: Draft, block: Tensor, stops: Tensor) -> Tensor:
         """What lies behind a stop token need not be decided."""
         before = stops.int().cumsum(-1) == 0
         return ((block == self.mask_id) & before).sum(-1)

@@ -197,6 +197,12 @@ class LLaDA2MoeModelLM(CheckpointModel):
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
 
+    def fast(self, *, required: bool = False):
+        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
+        from llada2.fast import FastLLaDA2
+
+        return FastLLaDA2.of(self, required)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -1,22 +1,36 @@
-"""Decode options of the LLaDA2 family. Defaults are those of the published scripts."""
+"""Decode options of the LLaDA2 family and the settings of the papers, as plain data. Defaults are those of the published scripts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar
 
 from shared.errors import UserError
-from shared.options import Estimation, FlatOptions, Routing, Sampling, check, option
+from shared.options import (
+    Acceptance,
+    Bandit,
+    Cache,
+    Estimation,
+    FlatOptions,
+    Routing,
+    Runtime,
+    Sampling,
+    check,
+    option,
+)
+from shared.options import Savings as CommonSavings
 
 
 @dataclass(frozen=True, slots=True)
-class Canvas:
-    decoder: Literal["nocache", "cached", "ssd_policy"] = option("cached", "the decoder; ssd_policy is S2D2")
-    block_length: int = option(32, "tokens decoded together", low=1)
+class Blocks:
+    block_length: int | None = option(None, "tokens decoded together; default: the checkpoint's block_size", low=1)
     max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
-    mask_id: int | None = option(None, "mask token id; default: the checkpoint's", low=0)
-    eos_id: int | None = option(None, "token id that ends the text; default: the checkpoint's", low=0)
-    eos_early_stop: bool = option(True, "stop after the block that holds the end token")
+    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer, then the released one", low=0)
+    stopping_criteria_idx: tuple[int, ...] | None = option(
+        None, "token ids that end the text; default: generation config, then config, then tokenizer"
+    )
+    trim_stop_tokens: bool = option(True, "cut the output before the first stop token, not after it")
+    eos_early_stop: bool = option(True, "stop after the block that holds a stop token; otherwise decode on and cut")
     as_bias: bool = option(False, "add the 0/1 block-causal mask to the scores instead of masking (as published)")
 
     def __post_init__(self):
@@ -24,40 +38,126 @@ class Canvas:
 
 
 @dataclass(frozen=True, slots=True)
-class Editing:
-    confidence_threshold: float = option(0.7, "a masked position above this confidence is filled", low=0.0)
+class Unmask:
+    confidence_threshold: float = option(
+        0.7, "a masked position above this confidence is filled; 1: none, so num_to_transfer a step", low=0.0
+    )
     num_to_transfer: int = option(1, "fill at least this many masked positions a step", low=1)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Editing:
     editing_threshold: float = option(
-        0.5, "another token above this confidence replaces a known one; above 1: never", low=0.0
+        0.5, "another token above this confidence replaces a known one of the block; 1: never", low=0.0
     )
     max_post_steps: int = option(0, "forwards that may still edit a block after its last mask is gone", low=0)
 
     def __post_init__(self):
         check(self)
 
+    @property
+    def on(self) -> bool:
+        """May a token ever be replaced? No confidence is above 1."""
+        return self.editing_threshold < 1
+
+
+_REUSE_DRAFT = "a draft that found a block finished and changed nothing is its commit"
+
 
 @dataclass(frozen=True, slots=True)
-class Speculation:
-    ssd_ratio_tempering_factor: float = option(1.0, "exponent of the acceptance ratio q/p", above=0.0)
+class PlainSavings:
+    """Switches that change how many forwards a text costs, never the text."""
+
+    skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
+    fuse_commit: bool = option(True, "a finished block is committed in the forward of the next block's first draft")
+    reuse_draft: bool = option(True, _REUSE_DRAFT)
 
     def __post_init__(self):
         check(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Options(FlatOptions):
-    """What `reference.py` decodes by; the last three groups matter to ``ssd_policy`` alone."""
+class Savings(CommonSavings):
+    reuse_draft: bool = option(True, _REUSE_DRAFT)
+
+
+@dataclass(frozen=True, slots=True)
+class NoCacheOptions(FlatOptions):
+    """Every forward over everything so far (``nocache``)."""
+
+    decoder: ClassVar[str] = "nocache"
 
     sampling: Sampling = field(default_factory=Sampling)
-    canvas: Canvas = field(default_factory=Canvas)
+    blocks: Blocks = field(default_factory=Blocks)
+    unmask: Unmask = field(default_factory=Unmask)
     editing: Editing = field(default_factory=Editing)
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+@dataclass(frozen=True, slots=True)
+class StandardOptions(NoCacheOptions):
+    """Threshold decoding with editing on cached blocks (``cached``)."""
+
+    decoder: ClassVar[str] = "cached"
+
+    savings: PlainSavings = field(default_factory=PlainSavings)
+
+
+@dataclass(frozen=True, slots=True)
+class Options(StandardOptions):
+    """S2D2, the model verifying its own drafts (``ssd_policy``)."""
+
+    decoder: ClassVar[str] = "ssd_policy"
+
+    savings: Savings = field(default_factory=Savings)
     routing: Routing = field(default_factory=Routing)
+    bandit: Bandit = field(default_factory=Bandit)
     estimation: Estimation = field(default_factory=Estimation)
-    speculation: Speculation = field(default_factory=Speculation)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self):
-        if self.routing.do_verify_policy == "contextual_bandit_ucb":
-            raise UserError(
-                "do_verify_policy is 'contextual_bandit_ucb'. Allowed in this family so far: mask_span_length, "
-                "score_threshold, score_hysteresis, always, never"
-            )
+        if self.blocks.as_bias and self.cache.cache_ver:
+            raise UserError("cache_ver is True. Allowed with as_bias: false, prompts are encoded one way or the other")
+
+
+# Every switch that makes a decode repeat the published code, forwards included. It never commits the last block.
+NOCACHE_PUBLISHED = {"suppress_mask": False, "trim_stop_tokens": False, "as_bias": True}
+PLAIN_PUBLISHED = {**NOCACHE_PUBLISHED, "fuse_commit": False, "reuse_draft": False}
+PUBLISHED = {**PLAIN_PUBLISHED, "reuse_verify": False, "short_verify": False}
+
+_CONSERVATIVE = {"block_length": 32, "confidence_threshold": 0.95, "editing_threshold": 0.9}
+_QUALITY = {"block_length": 32, "confidence_threshold": 0.7, "editing_threshold": 0.5}
+_ROUTED = {
+    "do_verify_policy": "score_threshold",
+    "do_verify_score_type": "difference_static",
+    "score_penalty_coef": 4.0,
+    "token_acceptance_estimator": "soft_entropy_negexp",
+}
+_TINY = {"block_length": 16, "max_new_tokens": 256, "confidence_threshold": 0.9, "editing_threshold": 0.9}
+_PLAIN = {"tiny": _TINY, "conservative": _CONSERVATIVE, "quality": _QUALITY}
+
+NOCACHE_PRESETS = {**_PLAIN, "published": NOCACHE_PUBLISHED}
+PLAIN_PRESETS = {**_PLAIN, "published": PLAIN_PUBLISHED}
+PRESETS = {
+    "tiny": {**_TINY, "do_verify_policy": "always", "acceptance": "exact", "cache_ver": True, "draft_ver": True},
+    "published": PUBLISHED,
+    # A score is never below -4, so this verifies every step that has something masked.
+    "conservative": {**_CONSERVATIVE, **_ROUTED, "do_verify_score_threshold": -5.0},
+    "quality": {**_QUALITY, **_ROUTED, "do_verify_score_threshold": 0.0},
+}
+
+DEFAULT_PROMPT = (
+    "Write a python function to remove first and last occurrence of a given character from the string. "
+    "Your code should pass these tests: assert remove_Occ('hello','l') == 'heo'"
+)
+
+
+def plain(options: NoCacheOptions) -> StandardOptions:
+    """The same settings on a cache, without speculation."""
+    savings = getattr(options, "savings", PlainSavings())
+    kept = PlainSavings(savings.skip_last_commit, savings.fuse_commit, savings.reuse_draft)
+    return StandardOptions(options.sampling, options.blocks, options.unmask, options.editing, options.runtime, kept)

@@ -2,6 +2,9 @@
 
 Each step drafts the current block of every row, may verify the first masked span, fills the step's quota by the unmasking rule, and
 commits blocks that are finished. Plain decoding is the same loop with a policy that never verifies.
+
+What a step computes between its forwards stands in four functions of device tensors: `draft_inputs`, `drafted`, `verify_inputs` and `decided`. They read
+nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
 """
 
 from __future__ import annotations
@@ -16,14 +19,15 @@ from torch import Tensor
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import Options, StandardOptions
 from shared import masks
-from shared.batch import Batch, Finished
+from shared.batch import Batch, Finished, whole_blocks
+from shared.calls import check_call, check_prompts, split_call
 from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
-from shared.engine import Engine
-from shared.errors import UserError
+from shared.engine import Engine, Inputs, Staged
 from shared.kv_cache import BlockCache
 from shared.options import Acceptance, Cache
 from shared.output import Completion, Lossless, Output
+from shared.phases import call
 from shared.prompts import as_prompts
 from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
@@ -47,6 +51,7 @@ class Run:
     judge: Callable[..., Verdict]
     causal_mask: Tensor  # [L, L]
     causal_rows: Tensor  # [rows]: first masked position of each row's last draft (draft_ver)
+    phase: Callable = call  # runs a function of device tensors, as a graph where that is possible
     prefill_seconds: float = 0.0
 
     @property
@@ -62,25 +67,18 @@ class Run:
         return getattr(self.options, "acceptance", Acceptance())
 
     @property
-    def whole_block_ratios(self) -> bool:
-        """Does acceptance look at positions outside the span?"""
-        return self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
+    def whole_verify(self) -> bool:
+        """Does a verify carry the whole block whatever the span?"""
+        outside = self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
+        return outside or not self.options.savings.short_verify
 
-    def forward(
-        self,
-        kind: str,
-        rows: Sequence[int],
-        ids: Tensor,
-        positions: Tensor,
-        mask,
-        logits_at=None,
-        ahead=None,
-        leading=None,
-    ) -> Tensor:
-        """One pass over ``ids [b, T]`` of ``rows``; logits with the mask token ruled out unless the options allow it."""
+    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, ahead=None) -> Tensor:
+        """One pass over ``tokens`` tokens an entry, which belong to ``rows``. The mask token is ruled out by `rule_out`."""
         self.batch.count(kind, set(rows))
-        window = self.cache.window(ids.shape[1], rows, ahead=ahead)
-        logits = self.engine.forward(ids, positions, window, mask, leading=leading, logits_at=logits_at)
+        return self.engine.run(staged, self.cache.window(tokens, rows, ahead=ahead))
+
+    def rule_out(self, logits: Tensor) -> Tensor:
+        """The logits without the mask token, unless the options allow it."""
         if self.options.sampling.suppress_mask:
             logits[..., self.batch.mask_id] = float("-inf")
         return logits
@@ -122,13 +120,10 @@ def decode(
     done: dict[int, Completion] = {}
     while prefill(run) or run.batch.active:
         rows = run.batch.active
-        draft = propose(run, rows)
-        picked = route(run, draft)
-        choice, reach, finite = verify(run, rows, draft, picked)
-        if len(picked.index) < len(rows) or not run.batch.one_token_is_enough:  # a verified row has gained one already
-            fill_quota(run, draft, choice)
-        run.policy.observe(draft, reach > 0, choice.count)
-        finished = stops.end(write(run, rows, draft, choice, reach, finite))
+        draft, wish = propose(run, rows)
+        picked = route(run, rows, wish)
+        verified = verify(run, rows, draft, picked)
+        finished = stops.end(settle(run, rows, draft, verified))
         if on_block:
             limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
@@ -150,16 +145,14 @@ def decode(
 
 
 def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
-    """Allocate the batch, the cache and the policy's state for ``rows`` rows."""
-    blocks = options.blocks
-    length, device = blocks.block_length, model.device
+    """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
+    blocks, length, device = options.blocks, options.blocks.block_length, model.device
+    capacity = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length)
+    engine = Engine.of(model, rows, capacity + length, length, options.runtime)
+    allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = length * (length + 1) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
-    numbers = (
-        max(per_block * (blocks.max_new_tokens // length + 2), 1)
-        if uniforms is None
-        else max(map(len, uniforms), default=1)
-    )
+    numbers = max(per_block * (blocks.max_new_tokens // length + 2), 1)
     batch = Batch(
         prompts,
         requests=requests,
@@ -170,23 +163,26 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
         mask_id=blocks.mask_id,
         stop_ids=blocks.stopping_criteria_idx,
         device=device,
-        uniforms=Uniforms(rows, numbers, seed=seed, device=device, recorded=uniforms),
+        uniforms=Uniforms(
+            allocated,
+            numbers if uniforms is None else max(map(len, uniforms), default=1),
+            seed=seed,
+            device=device,
+            recorded=uniforms,
+            room=per_block * (slots // length + 2),
+        ),
+        room=(allocated, slots),
     )
     policy = Never()
     if isinstance(options, Options):
         policy = make_policy(
-            options.routing, options.bandit, options.estimation, options.unmask, rows=rows, device=device
+            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
         )
-    return Run(
-        model,
-        options,
-        batch,
-        engine=Engine.of(model, rows, batch.capacity + length, length, options.runtime),
-        policy=policy,
-        judge=judge,
-        causal_mask=masks.token_causal(length, device),
-        causal_rows=torch.zeros(rows, dtype=torch.long, device=device),
-    )
+    causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
+    run = Run(model, options, batch, engine, policy, judge, masks.token_causal(length, device), causal_rows)
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    run.phase = engine.phases_for(constants, [run, batch, batch.uniforms, policy])
+    return run
 
 
 def resolve(model: SDARForCausalLM, options: StandardOptions, tokenizer=None) -> StandardOptions:
@@ -202,41 +198,6 @@ def resolve(model: SDARForCausalLM, options: StandardOptions, tokenizer=None) ->
         stopping_criteria_idx=stop_ids,
     )
     return replace(options, blocks=blocks)
-
-
-def check_prompts(prompts: list[list[int]], blocks, config) -> None:
-    """Raise `UserError` for a prompt that is empty, holds ids it must not hold, or does not fit the model.
-
-    Blocks are decoded whole, so the last one must lie within the model's positions even where its tail is cut off.
-    """
-    whole_blocks = config.max_position_embeddings // blocks.block_length * blocks.block_length
-    room = whole_blocks - blocks.max_new_tokens
-    if not prompts:
-        raise UserError("there is no prompt")
-    for k, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {k} is empty. Allowed: at least one token")
-        if len(prompt) > room:
-            raise UserError(
-                f"prompt {k} has {len(prompt)} tokens. Allowed: {max(room, 0)} (max_position_embeddings "
-                f"{config.max_position_embeddings} less max_new_tokens {blocks.max_new_tokens}); --prompt_length truncates"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise UserError(f"prompt {k} has a token id outside the vocabulary. Allowed: 0 to {config.vocab_size - 1}")
-        if blocks.mask_id in prompt:
-            raise UserError(f"prompt {k} contains the mask token (id {blocks.mask_id}), which means 'to be decoded'")
-
-
-def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_size: int | None) -> None:
-    """Raise `UserError` for call keywords that do not fit ``prompts`` prompts."""
-    if requests is not None and (len(requests) != prompts or len(set(requests)) != prompts):
-        raise UserError(
-            f"requests are {list(requests)}. Allowed: one number for each of the {prompts} prompts, all different"
-        )
-    if uniforms is not None and len(uniforms) != prompts:
-        raise UserError(f"uniforms hold {len(uniforms)} lists. Allowed: one for each of the {prompts} prompts")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}. Allowed: at least 1")
 
 
 def prefill(run: Run) -> bool:
@@ -275,42 +236,72 @@ def encode_prompts(run: Run, rows: list[int]) -> None:
     ids = batch.tokens[batch.index(rows), :tokens]
     positions = torch.arange(tokens, device=device).expand_as(ids)
     # Shorter rows are padded with what follows their prompt: later tokens, which earlier ones never see.
-    run.forward("prefill", rows, ids, positions, mask, logits_at=slice(0, 0))
+    run.forward("prefill", rows, Inputs(ids, positions, batch.index(rows), mask, logits_at=slice(0, 0)), tokens)
     run.cache.commit(starts, rows)
 
 
-def propose(run: Run, rows: list[int]) -> Draft:
-    """Denoise the current block of ``rows`` once and take a token and its confidence at every position.
+@dataclass(frozen=True, slots=True)
+class View:
+    """The current block of some rows as a draft sees it: ``block, masked [b, L]``; ``index [b]`` are their rows."""
+
+    index: Tensor
+    block: Tensor
+    masked: Tensor
+    staged: Inputs | Staged
+
+
+def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
+    """Denoise the current block of ``rows`` once: a draft, and what the policy wishes to verify of it (see `drafted`).
 
     Finished blocks that still have to be committed ride along as further entries of the same forward: in each layer their keys are in the
     cache before the drafts look.
     """
-    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
-    index = batch.index(rows)
-    block = batch.block(index)
-    masked = block == batch.mask_id
-    ids, positions = block, batch.positions(index)
-    first_masked = masked.int().argmax(-1) if run.cache_options.draft_ver else torch.zeros_like(index)
-    mask = masks.causal_until(first_masked, length) if run.cache_options.draft_ver else None
+    batch, length = run.batch, run.batch.block_length
     riders = [i for i in rows if batch.rows[i].uncommitted]
-    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders)
-    if riders:
-        ride = batch.index(riders)
-        ids = torch.cat([ids, batch.block(ride, back=length)])
-        positions = torch.cat([positions, batch.positions(ride, back=length)])
-        if run.cache_options.draft_ver or run.cache_options.cache_ver:
-            mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
-    logits = run.forward("draft", rows + riders, ids, positions, mask, ahead=ahead, leading=len(rows))
-    run.cache.commit([length] * len(riders), riders)
+    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
+    ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
+    view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
+    logits = run.forward("draft", rows + riders, view.staged, length, ahead)
     for i in riders:
         batch.rows[i].uncommitted = False
+    run.cache.commit([length] * len(riders), riders)
+    return run.phase(drafted, run, view, logits)
+
+
+def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | None) -> View:
+    """The blocks of rows ``index [b]``, and of the commits that ``ride [r]`` along, as one forward's inputs; ``ahead [b + r]``."""
+    batch, options, length = run.batch, run.cache_options, run.batch.block_length
+    block, positions = batch.block(index), batch.positions(index)
+    masked = block == batch.mask_id
+    first_masked = masked.int().argmax(-1) if options.draft_ver else torch.zeros_like(index)
+    ids, entries, mask = block, index, masks.causal_until(first_masked, length) if options.draft_ver else None
+    if ride is not None:
+        entries = torch.cat([index, ride])
+        ids = torch.cat([ids, batch.block(ride, back=length)])
+        positions = torch.cat([positions, batch.positions(ride, back=length)])
+        if options.draft_ver or options.cache_ver:
+            mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
     run.causal_rows[index] = first_masked
-    uniform = None
+    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, leading=len(index)))
+    return View(index, block, masked, staged)
+
+
+def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
+    """A token and its confidence at every position, and ``[b, 3]``: does the policy want the first masked span verified, where does that end, and
+    how long is it? (None where nobody needs to read that.)"""
+    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
+    logits, uniform = run.rule_out(logits), None
     if sampling.temperature >= GREEDY_BELOW:
-        uniform = batch.uniforms.take(index, length, length)
+        uniform = batch.uniforms.take(view.index, length, length)
     tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    entry = torch.arange(len(rows), device=index.device)
-    return Draft(index, block, masked, tokens, confidence, logits, entry, batch.decoded[index], sampling)
+    entry = torch.arange(len(view.index), device=tokens.device)
+    decoded = batch.decoded[view.index]
+    draft = Draft(view.index, view.block, view.masked, tokens, confidence, logits, entry, decoded, sampling)
+    decision = run.policy.decide(draft)
+    if run.policy.constant is False or (run.policy.constant and run.whole_verify):
+        return draft, None
+    span = draft.span_length
+    return draft, torch.stack([decision.long(), draft.first_masked + span, span], 1)
 
 
 @dataclass(frozen=True)
@@ -322,53 +313,102 @@ class Picked:
     queries: int
 
 
-def route(run: Run, draft: Draft) -> Picked:
-    """Ask the policy, and measure the spans of the rows it picks. At most one packed read; none when neither looks at the draft."""
-    decision, length = run.policy.decide(draft), run.batch.block_length
-    whole = not run.options.savings.short_verify or run.whole_block_ratios
-    if run.policy.constant is False or (run.policy.constant and whole):
-        return Picked(list(range(len(decision))) if run.policy.constant else [], length, length)
-    span = draft.span.sum(-1)
-    read = torch.stack([decision.long(), draft.first_masked + span, span], 1).tolist()
+def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
+    """Which rows are verified, and how much a verify of them all has to carry: one packed read, or none where every answer is known."""
+    length = run.batch.block_length
+    if wish is None:
+        return Picked(list(range(len(rows))) if run.policy.constant else [], length, length)
+    read = wish.tolist()
     index = [k for k, (verify, _, _) in enumerate(read) if verify]
-    if whole or not index:
+    if run.whole_verify or not index:
         return Picked(index, length, length)
     tokens, queries = max(read[k][1] for k in index), max(read[k][2] for k in index)
     return Picked(index, run.engine.verify_tokens(tokens), run.engine.queries(queries))
 
 
-def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> tuple[Choice, Tensor, Tensor]:
-    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick").
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Rows of a draft that were verified, ``index [v]`` (None: all of them), at the in-block positions ``queries [v, M]``, and the verifier's logits."""
 
-    Returns the choice so far, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
-    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?
-    """
-    choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
-    finite = torch.ones_like(draft.rows, dtype=torch.bool)
-    if picked.index:
-        batch, options, length = run.batch, run.options, run.batch.block_length
-        index = batch.index(picked.index)
-        part = draft if len(picked.index) == len(rows) else draft.select(index)
-        filled = torch.where(part.masked, part.tokens, part.block)[:, : picked.tokens]
-        short = picked.queries < length
-        queries = torch.arange(picked.queries, device=index.device).expand(len(index), -1)
-        if short:
-            queries = queries + part.first_masked[:, None]
-            queries = torch.where(queries < (part.first_masked + part.span.sum(-1))[:, None], queries, length)
-        ids = torch.cat([filled, torch.full_like(queries, batch.mask_id)], 1)
-        place = torch.cat([torch.arange(picked.tokens, device=index.device).expand_as(filled), queries], 1)
-        positions = batch.start[part.rows][:, None] + place.clamp(max=length - 1)
-        mask = masks.span_verify(queries, picked.tokens)
-        logits = run.forward(
-            "verify", [rows[k] for k in picked.index], ids, positions, mask, slice(picked.tokens, None)
-        )
-        verdict = run.judge(part, logits, queries, options.acceptance, options.sampling, batch.uniforms)
-        finite[index] = verdict.finite
-        choice.put(index, verified_choice(part, verdict, options.acceptance))
-        reach[index] = part.first_masked + part.span.sum(-1) if options.savings.short_verify else length
+    index: Tensor | None
+    queries: Tensor
+    logits: Tensor
+
+
+def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> Verified | None:
+    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick")."""
+    if not picked.index:
+        return None
+    index = None if len(picked.index) == len(rows) else run.batch.index(picked.index)
+    queries, staged = run.phase(verify_inputs, run, draft, index, picked.tokens, picked.queries)
+    these = [rows[k] for k in picked.index]
+    return Verified(index, queries, run.forward("verify", these, staged, picked.tokens + picked.queries))
+
+
+def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int, queries: int):
+    """``(queries [v, M], inputs)`` of a verify over the first ``tokens`` of the block; a query beyond the span stands at ``L``."""
+    batch, length = run.batch, run.batch.block_length
+    part = draft if index is None else draft.select(index)
+    filled = torch.where(part.masked, part.tokens, part.block)[:, :tokens]
+    place = torch.arange(tokens, device=filled.device).expand_as(filled)
+    asked = torch.arange(queries, device=filled.device).expand(len(filled), -1)
+    if queries < length:
+        asked = asked + part.first_masked[:, None]
+        asked = torch.where(asked < (part.first_masked + part.span_length)[:, None], asked, length)
+    ids = torch.cat([filled, torch.full_like(asked, batch.mask_id)], 1)
+    positions = batch.start[part.rows][:, None] + torch.cat([place, asked.clamp(max=length - 1)], 1)
+    mask = masks.span_verify(asked, tokens)
+    wanted = torch.arange(tokens, tokens + queries, device=filled.device).expand(len(filled), -1)
+    return asked, run.engine.stage(Inputs(ids, positions, part.rows, mask, logits_at=wanted))
+
+
+def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
+    """Decide the step, and read which blocks are finished; if logits were not finite, say in which layer that began."""
+    try:
+        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+    except FloatingPointError as error:
+        length = run.batch.block_length
+        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
+        positions = run.batch.positions(draft.rows).repeat(1, 2)
+        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
+        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
+        raise FloatingPointError(f"{error}, first in {layer}") from None
+
+
+def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
+    """What the step writes: the verified prefix, then the rest of its quota by the unmasking rule. Returns what `Batch.settle` reads."""
+    choice, reach, finite = judged(run, draft, verified)
+    everyone = verified is not None and verified.index is None
+    if not everyone or not run.batch.one_token_is_enough:  # a verified row has gained one already
+        fill_quota(run, draft, choice)
+    run.policy.observe(draft, reach > 0, choice.count)
+    return run.batch.record(draft, choice, reach, finite)
+
+
+def judged(run: Run, draft: Draft, verified: Verified | None) -> tuple[Choice, Tensor, Tensor]:
+    """The choice after verification, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
+    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?"""
+    if verified is not None and verified.index is None:
+        choice, reach, finite = verdict_on(run, draft, verified)
+    else:
+        choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
+        finite = torch.ones_like(draft.rows, dtype=torch.bool)
+        if verified is not None:
+            at = verified.index
+            chosen, reach[at], finite[at] = verdict_on(run, draft.select(at), verified)
+            choice.put(at, chosen)
     if run.acceptance.always_check_high_confidence:
         take_confident(choice, draft, run.options.unmask)
     return choice, reach, finite
+
+
+def verdict_on(run: Run, draft: Draft, verified: Verified) -> tuple[Choice, Tensor, Tensor]:
+    """The same for a draft all of whose rows were verified."""
+    options, logits = run.options, run.rule_out(verified.logits)
+    verdict = run.judge(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
+    short = options.savings.short_verify
+    reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
+    return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
 
 
 def fill_quota(run: Run, draft: Draft, choice: Choice) -> None:
@@ -380,19 +420,6 @@ def fill_quota(run: Run, draft: Draft, choice: Choice) -> None:
         draft, eligible, remaining, run.options.unmask, overtime=overtime, cap=isinstance(run.options, Options)
     )
     choice.add(take, draft.tokens, How.UNMASKED, key)
-
-
-def write(run: Run, rows: list[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
-    """`Batch.write`; if the logits were not finite, say in which layer that began."""
-    try:
-        return run.batch.write(rows, draft, choice, reach, finite)
-    except FloatingPointError as error:
-        length = run.batch.block_length
-        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
-        positions = run.batch.positions(draft.rows).repeat(1, 2)
-        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
-        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
-        raise FloatingPointError(f"{error}, first in {layer}") from None
 
 
 def commit_mask(run: Run, index: Tensor) -> Tensor:
@@ -424,7 +451,8 @@ def commit(run: Run, finished: list[Finished]) -> None:
     if now:
         index = batch.index(now)
         mask = commit_mask(run, index) if run.cache_options.cache_ver or run.cache_options.draft_ver else None
-        run.forward("commit", now, batch.block(index), batch.positions(index), mask, logits_at=slice(0, 0))
+        inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
+        run.forward("commit", now, inputs, length)
     run.cache.commit([length] * len(encoded + now), encoded + now)
     batch.advance([f.row for f in finished if not f.last])
 
@@ -437,25 +465,9 @@ def _lossless(options: StandardOptions) -> Lossless:
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 
-_CALL_KEYWORDS = (
-    "attention_mask",
-    "seed",
-    "batch_size",
-    "tokenizer",
-    "requests",
-    "stop",
-    "on_block",
-    "on_finish",
-    "judge",
-)
-
-
 def generate(
     kind: type[StandardOptions], model, input_ids, options: StandardOptions | None, uniforms, flat: dict
 ) -> Output:
     """Behind both ``block_diffusion_generate``: split ``flat`` into call keywords and options, check the latter, decode."""
-    call = {name: flat.pop(name) for name in _CALL_KEYWORDS if name in flat}
-    if options is not None and type(options) is not kind:
-        raise UserError(f"options is a {type(options).__name__}. Allowed: {kind.__name__}")
-    options = kind.from_flat(flat) if options is None else options.replace(**flat) if flat else options
-    return decode(model, input_ids, options, uniforms=uniforms, **call)
+    options, keywords = split_call(kind, options, flat)
+    return decode(model, input_ids, options, uniforms=uniforms, **keywords)

@@ -106,7 +106,6 @@ class SDARForCausalLM(CheckpointModel):
             )
         self.config = config
         self.backend = "sdpa"
-        self._fast = None
         self.model = SDARModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -134,13 +133,9 @@ class SDARForCausalLM(CheckpointModel):
 
     def fast(self, *, required: bool = False):
         """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from sdar.fast import FastSDAR, unsupported
+        from sdar.fast import FastSDAR
 
-        if unsupported(self) is not None and not required:
-            return None
-        if self._fast is None or not self._fast.current():
-            self._fast = FastSDAR(self)
-        return self._fast
+        return FastSDAR.of(self, required)
 
     def forward(
         self,

@@ -57,6 +57,22 @@ class Finished(NamedTuple):
     stopped: bool = False
 
 
+def whole_blocks(tokens: int, block_length: int) -> int:
+    """``tokens`` rounded up to whole blocks."""
+    return -(-tokens // block_length) * block_length
+
+
+def by_tokens(lengths: dict[int, int], most: int) -> list[list[int]]:
+    """The keys in groups of at most ``most`` tokens each, padding to the longest of the group counted in (a longer text is a group of its own)."""
+    groups: list[list[int]] = []
+    for row, length in lengths.items():
+        if groups and (len(groups[-1]) + 1) * max(length, *(lengths[i] for i in groups[-1])) <= most:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
 class Batch:
     """``rows`` texts at a time out of ``prompts``, known by their numbers in ``requests``. ``block_length`` L, ``steps`` S: see `shared.options.Blocks`."""
 
@@ -73,25 +89,29 @@ class Batch:
         stop_ids: Sequence[int],
         device: torch.device,
         uniforms: Uniforms,
+        room: tuple[int, int] = (0, 0),
     ):
+        """``room``: allocate for at least this many rows and positions, so that graphs of an earlier decode may fit."""
         self.block_length, self.steps, self.max_new_tokens = block_length, steps, max_new_tokens
         self.mask_id, self.stop_ids, self.uniforms = mask_id, tuple(stop_ids), uniforms
         requests = range(len(prompts)) if requests is None else requests
         self.waiting = deque(zip(range(len(prompts)), requests, map(list, prompts), strict=True))
         self.rows: list[Row | None] = [None] * rows
         self.forwards: Counter = Counter()
+        self.forward_tokens: Counter = Counter()
         self.capacity = self._capacity(prompts)
-        iterations = 2 * steps * (max_new_tokens // block_length + 2)
+        allocated, width = max(rows, room[0]), max(self.capacity, room[1])
+        iterations = 2 * steps * (width // block_length + 2)
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
-        self.tokens = zeros(rows, self.capacity)
-        self.start = zeros(rows)
-        self.step = zeros(rows)  # of the current block
-        self.decoded = zeros(rows)
-        self.prompt_length = zeros(rows)
-        self.iteration = zeros(rows)
-        self.history = zeros(rows, 3, self.capacity)  # step_of, how_of, rank_of
-        self.confidence = torch.zeros(rows, self.capacity, device=device)
-        self.spans = zeros(rows, 2, iterations)  # verified_span, accepted
+        self.tokens = zeros(allocated, width)
+        self.start = zeros(allocated)
+        self.step = zeros(allocated)  # of the current block
+        self.decoded = zeros(allocated)
+        self.prompt_length = zeros(allocated)
+        self.iteration = zeros(allocated)
+        self.history = zeros(allocated, 3, width)  # step_of, how_of, rank_of
+        self.confidence = torch.zeros(allocated, width, device=device)
+        self.spans = zeros(allocated, 2, iterations)  # verified_span, accepted
         self.schedule = torch.tensor(step_quota(block_length, steps), device=device)
         self._indices = Indices(device)
         self._kinds = torch.arange(3, device=device)[:, None]
@@ -99,7 +119,7 @@ class Batch:
         self._place = torch.arange(block_length, device=device)
 
     def _total(self, prompt_length: int) -> int:
-        return -(-(prompt_length + self.max_new_tokens) // self.block_length) * self.block_length
+        return whole_blocks(prompt_length + self.max_new_tokens, self.block_length)
 
     def _capacity(self, prompts: Sequence[Sequence[int]]) -> int:
         return max(self._total(len(p)) for p in prompts)
@@ -147,9 +167,10 @@ class Batch:
         """``[b, L]``: ids of that block."""
         return self.tokens[rows[:, None], self.positions(rows, back)]
 
-    def count(self, kind: str, rows: Sequence[int]) -> None:
-        """One forward of this kind over these rows."""
+    def count(self, kind: str, rows: Sequence[int], tokens: int = 0) -> None:
+        """One forward of this kind over these rows, ``tokens`` in all."""
         self.forwards[kind] += 1
+        self.forward_tokens[kind] += tokens
         for i in rows:
             self.rows[i].forwards[kind] += 1
 
@@ -159,10 +180,13 @@ class Batch:
         return self.schedule[step % self.steps], step >= self.steps
 
     def write(self, rows: Sequence[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
-        """Write the step's choice into canvas and trace; returns the rows whose block is now finished.
+        """`record` the step's choice, read how the rows stand, and `settle`: the rows whose block is now finished."""
+        return self.settle(rows, self.record(draft, choice, reach, finite).tolist())
 
-        This is the step's one packed read. ``reach [b]``: how many tokens of the drafted block the verifier saw (0: not verified). ``finite [b]``: were the
-        verifier's logits numbers?
+    def record(self, draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> Tensor:
+        """Write the step's choice into canvas and trace; returns what `settle` has to know, ``[b, 4]``. No host read.
+
+        ``reach [b]``: how many tokens of the drafted block the verifier saw (0: not verified). ``finite [b]``: were the verifier's logits numbers?
         """
         index, positions = draft.rows, self.positions(draft.rows)
         take, at = choice.take, (draft.rows[:, None], positions)
@@ -173,24 +197,24 @@ class Batch:
         self.history[cell] = torch.where(take[:, None], now, self.history[cell])
         self.confidence[at] = torch.where(take, draft.confidence, self.confidence[at])
         accepted = (choice.how == How.ACCEPTED).sum(-1)
-        self.spans[index, :, self.iteration[index]] = (
-            torch.stack([draft.span.sum(-1), accepted], 1) * (reach > 0)[:, None]
-        )
-        self.iteration[index] += 1
-        self.step[index] += 1
-        self.decoded[index] += choice.count
-        stops = torch.isin(block, self._stops) & (positions >= self.prompt_length[index][:, None])
-        left, stop = self._left(block, stops), stops.any(-1)
+        spans = torch.stack([draft.span_length, accepted], 1) * (reach > 0)[:, None]
+        self.spans[index, :, self.iteration[index]] = spans
+        one = torch.ones_like(index)
+        self.iteration.index_add_(0, index, one)
+        self.step.index_add_(0, index, one)
+        self.decoded.index_add_(0, index, choice.count)
+        stops = (block[..., None] == self._stops).any(-1) & (positions >= self.prompt_length[index][:, None])
+        left, stop = self._left(draft, block, stops), stops.any(-1)
         broken = ~torch.isfinite(draft.confidence).all(-1) * 1 + ~finite * 2
         as_drafted = ~(take & (choice.tokens != draft.tokens)).any(-1)
-        packed = torch.stack([left, stop.long(), broken, reach * as_drafted], 1)
-        return self._settle(rows, packed.tolist())
+        return torch.stack([left, stop.long(), broken, reach * as_drafted], 1)
 
-    def _left(self, block: Tensor, stops: Tensor) -> Tensor:
-        """``[b]``: positions still to be decided before a block is finished. ``stops [b, L]``: generated stop tokens."""
+    def _left(self, draft: Draft, block: Tensor, stops: Tensor) -> Tensor:
+        """``[b]``: positions still to be decided before a block is finished. ``block, stops [b, L]``: ids after this step, generated stop tokens."""
         return (block == self.mask_id).sum(-1)
 
-    def _settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+    def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+        """Count the step of every row, and find those whose block is finished, from what `record` returned."""
         finished = []
         for i, (left, stop, broken, verified_to) in zip(rows, read, strict=True):
             row = self.rows[i]
@@ -238,9 +262,14 @@ class Batch:
             tokens = tokens[: next((k for k, t in enumerate(tokens) if t in self.stop_ids), len(tokens))]
         return tokens
 
+    def _edits(self, i: int) -> list[tuple[int, int, int, int]]:
+        """`Trace.edits` of row ``i``'s text."""
+        return []
+
     def retire(self, i: int, blocks: Blocks, decode: Callable[[list[int]], str] | None) -> Completion:
         """Take row ``i``'s finished text off the batch (device reads, once a text)."""
         row, end = self.rows[i], self._end(i)
+        edits = self._edits(i)
         self.rows[i] = None
         ids = self.tokens[i].tolist()
         used, exist = int(self.uniforms.cursor[i]), self.uniforms.available(row.position)
@@ -261,6 +290,7 @@ class Batch:
             verified_span=verified,
             accepted=accepted,
             forwards=dict(row.forwards),
+            edits=edits,
         )
         seconds = time.perf_counter() - row.began
         return Completion(row.request, tokens, trace, seconds, used, decode(tokens) if decode else None)

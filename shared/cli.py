@@ -287,6 +287,21 @@ def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | Non
     return "\n".join(lines)
 
 
+def choose_script(
+    scripts: Mapping[str, Script], argv: Sequence[str] | None, flag: str, default: str
+) -> tuple[Script, list[str]]:
+    """Take ``--flag NAME`` off a command line: the script it names out of ``scripts``, and the rest of the line."""
+    argv, name = list(sys.argv[1:] if argv is None else argv), default
+    for k, word in enumerate(argv):
+        if word.split("=")[0] == f"--{flag}":
+            name = word.partition("=")[2] or (argv[k + 1] if k + 1 < len(argv) else "")
+            del argv[k : k + (1 if "=" in word else 2)]
+            break
+    if name not in scripts:
+        raise unknown_name(flag, name, scripts)
+    return scripts[name], argv
+
+
 @dataclass(frozen=True)
 class Script:
     """An example script: parse, load, generate, print. ``python FILE.py --help`` is its manual.

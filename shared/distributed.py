@@ -82,8 +82,10 @@ class World(NamedTuple):
             return None
         completions = sorted((c for p in parts for c in p.completions), key=lambda c: c.request)
         batch_forwards = sum((Counter(p.batch_forwards) for p in parts), Counter())
-        seconds = max(p.seconds for p in parts)
-        return Output(completions, seconds, dict(batch_forwards), parts[0].lossless, parts[0].lossless_reason)
+        batch_tokens = sum((Counter(p.batch_tokens) for p in parts), Counter())
+        seconds, prefill_seconds = max(p.seconds for p in parts), max(p.prefill_seconds for p in parts)
+        lossless = (parts[0].lossless, parts[0].lossless_reason)
+        return Output(completions, seconds, dict(batch_forwards), *lossless, prefill_seconds, dict(batch_tokens))
 
     def leave(self) -> None:
         """Say goodbye to the other processes: after the last forward and `gather`. NCCL wants it."""

@@ -25,6 +25,7 @@ class How(IntEnum):
     RATIO = 6  # a later draft whose acceptance ratio passed ssd_ratio_threshold
     CONFIDENT = 7  # a draft above confidence_threshold (always_check_high_confidence)
     NEXT = 8  # the token that follows a committed block, where the network predicts the next token
+    EDITED = 9  # a later, better token; what `Trace.edits` lists, never how a position was first decided
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,19 @@ class Draft:
         return self.masked.int().argmax(-1)
 
     @cached_property
+    def place_in_span(self) -> Tensor:
+        """``[b, L]``: place of each position counted from the first masked one, which has 0."""
+        return torch.arange(self.masked.shape[1], device=self.masked.device) - self.first_masked[:, None]
+
+    @cached_property
     def span(self) -> Tensor:
         """``[b, L]``: the first maximal run of masked positions."""
-        started = self.masked.int().cummax(-1).values.bool()
-        return self.masked & ~(started & ~self.masked).int().cummax(-1).values.bool()
+        return self.masked & (self.masked.cumsum(-1) == self.place_in_span + 1)
+
+    @cached_property
+    def span_length(self) -> Tensor:
+        """``[b]``."""
+        return self.span.sum(-1)
 
     @cached_property
     def log_weights(self) -> Tensor:
@@ -77,9 +87,10 @@ class Draft:
 
 def rank_by(key: Tensor, take: Tensor) -> Tensor:
     """``[b, L]``: place of each taken position when those are sorted by ``key`` ascending, the lower position first on ties."""
-    order = torch.where(take, key.double(), torch.inf).argsort(dim=-1, stable=True)
-    places = torch.arange(key.shape[-1], device=key.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    key = torch.where(take, key.double(), torch.inf)
+    mine, theirs = key[..., :, None], key[..., None, :]
+    place = torch.arange(key.shape[-1], device=key.device)
+    return ((theirs < mine) | ((theirs == mine) & (place < place[:, None]))).sum(-1)
 
 
 @dataclass
@@ -100,11 +111,12 @@ class Choice:
     def take(self) -> Tensor:
         return self.how != How.NONE
 
-    def add(self, take: Tensor, tokens: Tensor, how: How, key: Tensor) -> None:
-        """Also write ``tokens`` at ``take [b, L]`` (positions already chosen are left alone), in ascending ``key``."""
+    def add(self, take: Tensor, tokens: Tensor, how: How, key: Tensor | None = None) -> None:
+        """Also write ``tokens`` at ``take [b, L]`` (positions already chosen are left alone), in ascending ``key`` (default: from left to right)."""
         take = take & ~self.take
         self.tokens = torch.where(take, tokens, self.tokens)
-        self.rank = torch.where(take, self.count[:, None] + rank_by(key, take), self.rank)
+        rank = take.cumsum(-1) - 1 if key is None else rank_by(key, take)
+        self.rank = torch.where(take, self.count[:, None] + rank, self.rank)
         self.how = torch.where(take, int(how), self.how)
         self.count = self.count + take.sum(-1)
 

@@ -2,14 +2,15 @@
 
 The runner wraps a forward and never a loop. It knows no family: a forward is any
 ``forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading) -> logits`` that reads nothing back to the host and writes
-nothing for a row index of -1. Shapes that were not captured run eagerly, in the same line.
+nothing for a row index of -1; for windows that are not plain it is given ``offsets`` and ``width`` too. Shapes that were not captured run
+eagerly, in the same line.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +20,17 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One graph: ``leading`` entries that get logits and ``riders`` that only write, of ``tokens`` tokens each; ``picks`` logits an entry (0: all)."""
+    """One graph: ``leading`` entries that get logits and ``riders`` that only write, of ``tokens`` tokens each; ``picks`` logits an entry (0: all).
+
+    ``width``: local slots of a window that is not plain (0: plain). ``lasting``: its logits outlast replays of shapes that are not lasting.
+    """
 
     leading: int
     tokens: int
     picks: int = 0
     riders: int = 0
+    width: int = 0
+    lasting: bool = field(default=False, compare=False)
 
     @property
     def logits(self) -> int:
@@ -33,11 +39,11 @@ class Shape:
 
 
 def best_fit(shapes: Iterable[Shape], wanted: Shape) -> Shape | None:
-    """The smallest captured shape that can serve ``wanted``: same tokens and picks, no fewer entries of either kind."""
+    """The smallest captured shape that can serve ``wanted``: same tokens, picks and width, no fewer entries of either kind."""
     able = [
         s
         for s in shapes
-        if (s.tokens, s.picks) == (wanted.tokens, wanted.picks)
+        if (s.tokens, s.picks, s.width) == (wanted.tokens, wanted.picks, wanted.width)
         and s.leading >= wanted.leading
         and s.riders >= wanted.riders
     ]
@@ -59,7 +65,7 @@ class _Captured:
 class GraphRunner:
     """Replays ``forward`` where a captured shape serves, calls it where none does.
 
-    All graphs share one memory pool. Their logits go to one buffer for graphs with ``picks`` and one for those without, so the logits of a replay last
+    All graphs share one memory pool. Their logits go to one buffer for ``lasting`` shapes and one for the others, so the logits of a replay last
     until the next replay of their kind: a draft's survive the verify that follows it.
     """
 
@@ -69,7 +75,7 @@ class GraphRunner:
         self.captured: dict[Shape, _Captured] = {}
         self.seconds = 0.0  # spent capturing
         self._pool: tuple[int, int] | None = None
-        self._logits: dict[bool, Tensor] = {}  # with picks, without
+        self._logits: dict[bool, Tensor] = {}  # lasting, not lasting
 
     @torch.inference_mode()
     def capture(self, shapes: Iterable[Shape]) -> None:
@@ -81,26 +87,28 @@ class GraphRunner:
         self.seconds += time.perf_counter() - began
 
     def _capture(self, shape: Shape) -> _Captured:
-        inputs = self._buffers(shape)
+        inputs, fixed = self._buffers(shape), {"leading": shape.leading}
+        if shape.width:
+            fixed["width"] = shape.width
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             # Compiles kernels; its rows are all -1, so it writes nothing.
-            logits = self.forward(**inputs, leading=shape.leading)
-            buffer = self._logits.get(shape.picks > 0)
+            logits = self.forward(**inputs, **fixed)
+            buffer = self._logits.get(shape.lasting)
             if buffer is None or buffer.numel() < logits.numel():
-                self._logits[shape.picks > 0] = torch.empty_like(logits).flatten()
+                self._logits[shape.lasting] = torch.empty_like(logits).flatten()
             del logits
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            kept = self._keep(shape, self.forward(**inputs, leading=shape.leading))
+            kept = self._keep(shape, self.forward(**inputs, **fixed))
         self._pool = graph.pool()
         return _Captured(graph, inputs, kept)
 
     def _keep(self, shape: Shape, logits: Tensor) -> Tensor:
         """``logits`` copied to the buffer of their kind, so that the graphs can share what they came in."""
-        buffer = self._logits[shape.picks > 0][: logits.numel()].view_as(logits)
+        buffer = self._logits[shape.lasting][: logits.numel()].view_as(logits)
         return buffer.copy_(logits)
 
     def _buffers(self, shape: Shape) -> dict[str, Tensor | None]:
@@ -108,14 +116,15 @@ class GraphRunner:
             return torch.zeros(size, dtype=torch.long, device=self.device)
 
         b, t = shape.leading + shape.riders, shape.tokens
-        return {
+        buffers = {
             "input_ids": zeros(b, t),
             "position_ids": zeros(b, t),
             "rows": zeros(b) - 1,
             "prefixes": zeros(b),
-            "local_mask": torch.ones(b, t, t, dtype=torch.bool, device=self.device),
+            "local_mask": torch.ones(b, t, shape.width or t, dtype=torch.bool, device=self.device),
             "logits_at": zeros(shape.leading, shape.picks) if shape.picks else None,
         }
+        return buffers | {"offsets": zeros(b)} if shape.width else buffers
 
     @torch.inference_mode()
     def __call__(
@@ -127,28 +136,56 @@ class GraphRunner:
         local_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
         leading: int | None = None,
+        **moved,
     ) -> Tensor:
-        """Logits ``[leading, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``leading`` first entries get logits (default: all)."""
+        """Logits ``[leading, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``leading`` first entries get logits (default: all).
+
+        ``moved``: nothing, or the ``offsets [b]`` and ``width`` of a window that is not plain.
+        """
+        leading = len(input_ids) if leading is None else leading
+        inputs = (input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading)
+        shape = self.stage(*inputs, **moved)
+        return self.forward(*inputs, **moved) if shape is None else self.replay(shape, leading)
+
+    def stage(
+        self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading: int, **moved
+    ) -> Shape | None:
+        """Copy the inputs of a forward to the smallest graph that can run it; None, and nothing copied, where none can. No host read."""
         batch, tokens = input_ids.shape
-        leading = batch if leading is None else leading
-        wanted = Shape(leading, tokens, 0 if logits_at is None else logits_at.shape[1], batch - leading)
-        shape = best_fit(self.captured, wanted)
+        picks = 0 if logits_at is None else logits_at.shape[1]
+        shape = best_fit(self.captured, Shape(leading, tokens, picks, batch - leading, moved.get("width", 0)))
         if shape is None:
-            return self.forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading)
-        captured = self.captured[shape]
-        given = (input_ids, position_ids, rows, prefixes, True if local_mask is None else local_mask)
-        exact = wanted.leading == shape.leading
-        for buffer, value in zip(captured.inputs.values(), given, strict=False):
-            if exact or isinstance(value, bool):
-                buffer[:batch] = value
-            else:
-                per_entry = value.expand(batch, *value.shape) if buffer.dim() > value.dim() else value
-                buffer[:leading] = per_entry[:leading]
-                buffer[shape.leading : shape.leading + batch - leading] = per_entry[leading:]
+            return None
+        buffers = self.captured[shape].inputs
+        given = {"input_ids": input_ids, "position_ids": position_ids, "rows": rows, "prefixes": prefixes}
+        given["local_mask"] = True if local_mask is None else local_mask
+        if moved:
+            given["offsets"] = moved["offsets"]
+        for name, value in given.items():
+            _put(buffers[name], value, batch, leading, shape)
         if shape.picks:
-            captured.inputs["logits_at"][:leading] = logits_at
-        padding = captured.inputs["rows"]
-        padding[leading : shape.leading] = -1
-        padding[shape.leading + batch - leading :] = -1
+            buffers["logits_at"][:leading] = logits_at
+        for padding in (buffers["rows"][leading : shape.leading], buffers["rows"][shape.leading + batch - leading :]):
+            if len(padding):
+                padding.fill_(-1)
+        return shape
+
+    def replay(self, shape: Shape, leading: int) -> Tensor:
+        """Run the graph whose inputs have been staged; logits of its ``leading`` first entries."""
+        captured = self.captured[shape]
         captured.graph.replay()
         return captured.logits[:leading]
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Is this what a replay returns?"""
+        return any(tensor.data_ptr() == logits.data_ptr() for logits in self._logits.values())
+
+
+def _put(buffer: Tensor, value: Tensor | bool, batch: int, leading: int, shape: Shape) -> None:
+    """Copy the ``batch`` entries of ``value`` to where ``shape`` has its leading entries and its riders."""
+    if leading == shape.leading or isinstance(value, bool):
+        buffer[:batch] = value
+        return
+    per_entry = value.expand(batch, *value.shape) if buffer.dim() > value.dim() else value
+    buffer[:leading] = per_entry[:leading]
+    buffer[shape.leading : shape.leading + batch - leading] = per_entry[leading:]

@@ -111,10 +111,8 @@ class Window:
         everyone = list(rows) == list(range(len(cache.lengths)))
         self.row_index = cache.indices(rows)
         self.rows = None if everyone else self.row_index
-        self.offset = cache.indices(offsets)
-        self.prefix = cache.length[self.row_index]
-        if any(ahead):
-            self.prefix = self.prefix + cache.indices(ahead)
+        self._ahead, self._offsets = list(ahead), offsets
+        self.plain = self.width == tokens  # what is written is all that is seen besides the prefix
         self.extent = max(prefixes) + self.width
         self.uniform = min(prefixes) == max(prefixes)
         if self.extent > cache.slots:
@@ -122,6 +120,17 @@ class Window:
         same_place = self.uniform and min(offsets) == max(offsets)
         self._first = prefixes[0] + offsets[0] if same_place and everyone else None
         self._mask: tuple[Tensor | None, Tensor | None] | None = None
+
+    @cached_property
+    def prefix(self) -> Tensor:
+        """``[b]``: how many tokens each entry sees before its own."""
+        committed = self.cache.length[self.row_index]
+        return committed + self.cache.indices(self._ahead) if any(self._ahead) else committed
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """``[b]``: where behind its prefix each entry writes."""
+        return self.cache.indices(self._offsets)
 
     @cached_property
     def _slots(self) -> Tensor:

@@ -39,17 +39,13 @@ def span_verify(queries: Tensor, tokens: int) -> Tensor:
     ``queries [B, M]`` are the in-block positions the mask tokens stand at. As in `two_copy_verify`, a drafted token sees drafted tokens up to
     itself, a query at position ``p`` sees drafted tokens ``j < p`` and itself. ``two_copy_verify(L)`` is the case ``E = M = L``.
     """
-    rows, count = queries.shape
-    place = torch.arange(tokens, device=queries.device)
-    allowed = torch.zeros(rows, tokens + count, tokens + count, dtype=torch.bool, device=queries.device)
-    allowed[:, :tokens, :tokens] = token_causal(tokens, queries.device)
-    allowed[:, tokens:, :tokens] = place < queries[:, :, None]
-    allowed[:, tokens:, tokens:] = torch.eye(count, dtype=torch.bool, device=queries.device)
-    return allowed
+    place = torch.arange(tokens + queries.shape[1], device=queries.device)
+    stands_at = torch.cat([place[:tokens].expand(len(queries), -1), queries], 1)
+    earlier = (place < stands_at[:, :, None]) & (place < tokens)
+    return earlier | (place == place[:, None])
 
 
 def causal_until(first_masked: Tensor, block_length: int) -> Tensor:
     """``[B, L, L]``: rows before ``first_masked [B]`` are token-causal, the others see the whole block (``draft_ver``)."""
-    causal = token_causal(block_length, first_masked.device)
-    known = torch.arange(block_length, device=first_masked.device) < first_masked[:, None]
-    return causal[None] | ~known[:, :, None]
+    place = torch.arange(block_length, device=first_masked.device)
+    return (place <= place[:, None]) | (place >= first_masked[:, None])[:, :, None]

@@ -12,6 +12,7 @@ import types
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -29,6 +30,9 @@ Estimator = Literal[
     "soft_entropy_negexp",
     "soft_renyi_2_entropy",
 ]
+
+
+_hints = cache(get_type_hints)  # reading annotations takes longer than all else an options object does
 
 
 def option(default, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
@@ -59,7 +63,7 @@ def _named(kind: Any) -> str:
 
 def check(group) -> None:
     """Raise `UserError` unless every field of ``group`` has its type, is one of its choices and inside its range."""
-    hints = get_type_hints(type(group))
+    hints = _hints(type(group))
     for f in dataclasses.fields(group):
         value, (kind, nullable) = getattr(group, f.name), _unwrap(hints[f.name])
         if value is None and nullable:
@@ -240,7 +244,7 @@ ALIASES = {
     "max_new_tokens": ("max_new_tokens", "max_gen_toks", "gen_length"),
     "block_length": ("block_length", "block_size"),
     "small_block_length": ("small_block_length", "small_block_size"),
-    "stopping_criteria_idx": ("stopping_criteria_idx", "stop_token"),
+    "stopping_criteria_idx": ("stopping_criteria_idx", "stop_token", "eos_id"),
     "confidence_threshold": ("confidence_threshold", "threshold"),
 }
 
@@ -255,12 +259,12 @@ class FlatOptions:
 
     @classmethod
     def groups(cls) -> dict[str, type]:
-        return {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+        return {f.name: _hints(cls)[f.name] for f in dataclasses.fields(cls)}
 
     @classmethod
     def names(cls) -> dict[str, tuple[str, Any]]:
         """Field name -> (name of its group, its type), in order."""
-        return {n: (g, t) for g, group in cls.groups().items() for n, t in get_type_hints(group).items()}
+        return {n: (g, t) for g, group in cls.groups().items() for n, t in _hints(group).items()}
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any] | None = None, **more):

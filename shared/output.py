@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shared.trace import KINDS, Trace
@@ -33,7 +33,8 @@ class Output:
     """All completions of one call, in the order of the prompts.
 
     ``seconds`` is wall-clock time of the whole call, prefill included; ``prefill_seconds`` is the part of it in which prompts were encoded. ``batch_forwards`` counts passes of the model by kind,
-    each once however many rows shared it; ``forwards`` counts them per row as if each ran alone.
+    each once however many rows shared it; ``forwards`` counts them per row as if each ran alone. ``batch_tokens`` are the tokens that
+    went through those passes, padding included, where the family counts them.
     """
 
     completions: list[Completion]
@@ -42,6 +43,7 @@ class Output:
     lossless: bool
     lossless_reason: str
     prefill_seconds: float = 0.0
+    batch_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> list[list[int]]:

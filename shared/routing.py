@@ -50,7 +50,7 @@ class MaskSpanLength(Policy):
 
     def decide(self, draft: Draft) -> Tensor:
         shortest = self.options.min_ssd_span_length
-        verify = draft.span.sum(-1) >= shortest
+        verify = draft.span_length >= shortest
         if self.options.legacy_ssd_span_strategy:
             verify |= confident(draft, self.unmask) < draft.masked.sum(-1).clamp(max=shortest)
         return verify
@@ -68,11 +68,12 @@ class _Scored(Policy):
         self.options, self.estimation, self.unmask = routing, estimation, unmask
 
     def score(self, draft: Draft) -> Tensor:
-        """``[b]``: ``E[K] - c`` (static) or ``E[K] - c x confident positions`` (dynamic)."""
+        """``[b]``: ``E[K] - c`` (static) or ``E[K] - c x confident positions`` (dynamic); minus infinity where nothing is masked."""
         alpha = estimate(draft.log_weights, draft.confidence, self.estimation)
         gain = expected_accepted_length(alpha, draft.span)
         dynamic = self.options.do_verify_score_type == "difference_dynamic"
-        return gain - self.options.score_penalty_coef * (confident(draft, self.unmask) if dynamic else 1)
+        score = gain - self.options.score_penalty_coef * (confident(draft, self.unmask) if dynamic else 1)
+        return score.masked_fill(~draft.masked.any(-1), -torch.inf)
 
 
 class ScoreThreshold(_Scored):
@@ -104,7 +105,8 @@ class ScoreHysteresis(_Scored):
 class ContextualBanditUCB(Policy):
     """Two arms (skip, verify) per context bucket, upper confidence bound, reward = tokens per forward of the step.
 
-    A bucket is (span length, block progress, draft entropy), each binned. An arm never tried scores infinity; ties verify.
+    A bucket is (span length, block progress, draft entropy), each binned. An arm never tried scores infinity; ties verify. A step with nothing masked
+    is no trial.
     """
 
     def __init__(self, bandit: Bandit, rows: int, device):
@@ -114,14 +116,16 @@ class ContextualBanditUCB(Policy):
         self.tries = torch.zeros(rows, 2, buckets, dtype=torch.float64, device=device)
         self.reward = torch.zeros_like(self.tries)
         self.time = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.current: Tensor | None = None  # the buckets of the last decision, for the observation that follows it
+        self.current = torch.zeros(
+            rows, dtype=torch.long, device=device
+        )  # buckets of the last decision, to be observed
 
     def bucket(self, draft: Draft) -> Tensor:
         """``[b]`` index of each row's context."""
         length = draft.masked.shape[1]
         where = draft.span if self.options.ucb_entropy_source == "span" else draft.masked
         mean_entropy = (normalized_entropy(draft.log_weights) * where).sum(-1) / where.sum(-1).clamp(min=1)
-        values = (draft.span.sum(-1), draft.decoded / length, mean_entropy)
+        values = (draft.span_length, draft.decoded / length, mean_entropy)
         ranges = ((1, length), (0, 1), (0, 1))
         index = torch.zeros_like(draft.rows)
         for value, (low, high), bins in zip(values, ranges, self.bins, strict=True):
@@ -129,16 +133,16 @@ class ContextualBanditUCB(Policy):
         return index
 
     def decide(self, draft: Draft) -> Tensor:
-        self.time[draft.rows] += 1
-        self.current = bucket = self.bucket(draft)
+        self.time[draft.rows] += draft.masked.any(-1)
+        self.current[draft.rows] = bucket = self.bucket(draft)
         tries, reward = self.tries[draft.rows, :, bucket], self.reward[draft.rows, :, bucket]
         width = (self.time[draft.rows, None].log() / tries).sqrt() * self.options.ucb_beta
         bound = torch.where(tries > 0, reward / tries + width, torch.inf)
         return bound[:, 1] >= bound[:, 0]
 
     def observe(self, draft: Draft, decision: Tensor, count: Tensor) -> None:
-        arm, bucket = decision.long(), self.current
-        self.tries[draft.rows, arm, bucket] += 1
+        arm, bucket = decision.long(), self.current[draft.rows]
+        self.tries[draft.rows, arm, bucket] += draft.masked.any(-1)
         self.reward[draft.rows, arm, bucket] += count / (1.0 + arm)
 
     def reset(self, rows: Sequence[int]) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared import triton_sampling
+
 GREEDY_BELOW = 1e-6  # temperatures under this are greedy, as in the published code
 
 
@@ -48,6 +50,8 @@ def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """``(ids [...], probability of each [...])`` of the most likely tokens of ``logits [..., V]``."""
+    if logits.is_cuda and triton_sampling.serves(logits):
+        return triton_sampling.greedy(logits)
     logits = logits.float()
     best, ids = logits.max(-1)
     return ids, (best - logits.logsumexp(-1)).exp()

@@ -16,7 +16,8 @@ class Trace:
 
     ``step_of``: iteration that wrote the position (-1: prompt). ``how_of``: a `How`. ``rank_of``: order inside the iteration.
     ``confidence_of``: what the drafter gave its token there. ``verified_span[s]``: length of the span verified in iteration ``s`` (0: none).
-    ``accepted[s]``: how many of it were accepted. ``forwards``: passes over this row by kind, counted as if it ran alone.
+    ``accepted[s]``: how many of it were accepted. ``forwards``: passes over this row by kind, counted as if it ran alone. ``edits``: tokens replaced after they
+    were decided, as ``(iteration, position, old, new)`` in order (families that edit); ``token_ids`` are the final ones.
     """
 
     prompt_length: int
@@ -29,6 +30,7 @@ class Trace:
     verified_span: list[int]
     accepted: list[int]
     forwards: dict[str, int] = field(default_factory=dict)
+    edits: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     @property
     def total_forwards(self) -> int:
@@ -57,6 +59,18 @@ class Trace:
         found = Counter(How(h).name.lower() for h in self.how_of[self.prompt_length :])
         return {h.name.lower(): found[h.name.lower()] for h in How if found[h.name.lower()] and h != How.NONE}
 
+    def edit_counts(self) -> dict[str, int]:
+        """Edits by how the token they replaced had got there (``edited``: by an earlier edit)."""
+        how, found = dict(enumerate(self.how_of)), Counter()
+        for _, position, _, _ in self.edits:
+            found[How(how[position]).name.lower()] += 1
+            how[position] = How.EDITED
+        return {h.name.lower(): found[h.name.lower()] for h in How if found[h.name.lower()]}
+
+    def first_token(self, position: int) -> int:
+        """The token that was first decided at ``position``."""
+        return next((old for _, p, old, _ in self.edits if p == position), self.token_ids[position])
+
     def to_json(self) -> dict:
         return {**asdict(self), "how_names": [h.name.lower() for h in How]}
 
@@ -64,8 +78,12 @@ class Trace:
 def format_trace(trace: Trace, tokenizer=None) -> str:
     """The trace for people: one line a step, ``|`` where a block begins, then forwards by kind.
 
-    Marks: plain = unmasked by the rule, ``+`` accepted, ``~`` resampled, ``-`` rejected draft kept, ``r`` ratio, ``c`` confident.
+    Marks: plain = unmasked by the rule, ``+`` accepted, ``~`` resampled, ``-`` rejected draft kept, ``r`` ratio, ``c`` confident. Edits follow a step as
+    ``position: old -> new``.
     """
+    edits: dict[int, list] = {}
+    for step, *edit in trace.edits:
+        edits.setdefault(step, []).append(edit)
     marks = {How.ACCEPTED: "+", How.RESAMPLED: "~", How.KEPT: "-", How.RATIO: "r", How.CONFIDENT: "c"}
     lines, block = [], None
     for step, positions in enumerate(trace.order()):
@@ -74,9 +92,13 @@ def format_trace(trace: Trace, tokenizer=None) -> str:
         shown = [f"{p}{marks.get(How(trace.how_of[p]), '')}" for p in positions]
         verified = f"  [verified {trace.verified_span[step]}, accepted {trace.accepted[step]}]"
         lines.append(f"step {step:4d} {start} {' '.join(shown)}{verified if trace.verified_span[step] else ''}")
-        if tokenizer is not None:
-            text = tokenizer.decode([trace.token_ids[p] for p in sorted(positions)])
+        if tokenizer is not None and positions:
+            text = tokenizer.decode([trace.first_token(p) for p in sorted(positions)])
             lines.append(f"            {text!r}")
+        if step in edits:
+            named = (lambda t: repr(tokenizer.decode([t]))) if tokenizer is not None else str
+            shown = [f"{p}: {named(old)} -> {named(new)}" for p, old, new in edits[step]]
+            lines.append(f"      edits {', '.join(shown)}")
     spent = ", ".join(f"{k} {trace.forwards[k]}" for k in KINDS if trace.forwards.get(k))
     lines.append(f"forwards: {trace.total_forwards} ({spent})")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
 _LOG2_E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,18 +47,20 @@ def overlapping_launch(device: torch.device | str) -> bool:
 
 
 @lru_cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a program may take."""
     if device.type != "cuda":
         return 1 << 30
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _pow2(n: int, least: int = 1) -> int:
+def pow2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``n`` and ``least``."""
     return max(least, 1 << (n - 1).bit_length())
 
 
-def _launch(overlap: bool, warps: int, stages: int) -> dict:
+def launch_options(overlap: bool, warps: int, stages: int) -> dict:
+    """Keywords of a kernel launch; ``overlap``: it may start before the one ahead has finished."""
     options = {"num_warps": warps, "num_stages": stages}
     return options | {"launch_pdl": True} if overlap else options
 
@@ -105,8 +107,8 @@ def _prefetch_rows(weight, rows, start, depth, COUNT: tl.constexpr):
 
 @jit
 def _finish_product(
-    acc, gate, squares, before, norm_weight, out, normed, next_squares, n, token, pid_n, tokens, n_out, depth, eps,
-    SCALED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, STRIDE: tl.constexpr,
+    acc, gate, squares, before, norm_weight, bias, out, normed, next_squares, n, token, pid_n, tokens, n_out, depth, eps,
+    SCALED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIASED: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a narrow product, on ``acc [BLOCK_N, BLOCK_T]`` (and ``gate``, of the same shape)."""
     keep = (n < n_out)[:, None] & (token < tokens)[None, :]
@@ -118,6 +120,8 @@ def _finish_product(
             gate = gate * scale
     if GATED:
         acc = acc * gate * tl.sigmoid(gate)
+    if BIASED:
+        acc = acc + bias.to(tl.float32)[:, None]
     if RESIDUAL:
         acc = (acc + before.to(tl.float32)).to(out.dtype.element_ty).to(tl.float32)
         acc = tl.where(keep, acc, 0.0)
@@ -129,9 +133,10 @@ def _finish_product(
 
 @jit
 def _narrow_matmul_kernel(
-    x, weight, out, picked, squares, next_weight, normed, next_squares, partial, counters,
+    x, weight, bias, out, picked, squares, next_weight, normed, next_squares, partial, counters,
     tokens, n_out, depth, eps, square_parts, picks, tokens_per_row,
-    SCALED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PICKED: tl.constexpr, EVEN_K: tl.constexpr,
+    SCALED: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIASED: tl.constexpr,
+    PICKED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     STRIDE: tl.constexpr, PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +159,9 @@ def _narrow_matmul_kernel(
     if PICKED:
         source = (source // picks) * tokens_per_row + tl.load(picked + source).to(tl.int32)
     # What the epilogue needs is asked for here, so that nothing waits for it after the loop.
-    row_squares, before, norm_weight = 0.0, 0.0, 0.0
+    row_squares, before, norm_weight, row_bias = 0.0, 0.0, 0.0, 0.0
+    if BIASED:
+        row_bias = tl.load(bias + n, mask=n < n_out, other=0.0)
     if SCALED:
         part = tl.arange(0, PARTS)
         row_squares = tl.load(
@@ -189,9 +196,9 @@ def _narrow_matmul_kernel(
 
     if SPLIT == 1:
         _finish_product(
-            acc, gate, row_squares, before, norm_weight, out, normed, next_squares, n, token, pid_n, tokens, n_out,
-            depth, eps,
-            SCALED, GATED, RESIDUAL, STRIDE,
+            acc, gate, row_squares, before, norm_weight, row_bias, out, normed, next_squares, n, token, pid_n, tokens,
+            n_out, depth, eps,
+            SCALED, GATED, RESIDUAL, BIASED, STRIDE,
         )  # fmt: skip
     else:
         tile: tl.constexpr = BLOCK_N * BLOCK_T
@@ -214,9 +221,9 @@ def _narrow_matmul_kernel(
                     gate += tl.load(theirs + tile + at, cache_modifier=".cg")
             tl.store(counters + pid_n, 0)
             _finish_product(
-                acc, gate, row_squares, before, norm_weight, out, normed, next_squares, n, token, pid_n, tokens, n_out,
-            depth, eps,
-                SCALED, GATED, RESIDUAL, STRIDE,
+                acc, gate, row_squares, before, norm_weight, row_bias, out, normed, next_squares, n, token, pid_n, tokens,
+                n_out, depth, eps,
+                SCALED, GATED, RESIDUAL, BIASED, STRIDE,
             )  # fmt: skip
 
 
@@ -238,6 +245,7 @@ def narrow_matmul(
     scale_eps: float | None = None,
     gated: bool = False,
     residual: Norm | None = None,
+    bias: Tensor | None = None,
     picked: Tensor | None = None,
     tokens_per_row: int = 0,
     overlap: bool = False,
@@ -247,6 +255,7 @@ def narrow_matmul(
     ``scale_eps``: x is an unscaled norm (`Norm.normed`); divide the product by the rms kept in ``work``.
     ``gated``: weight is ``[2 N, K]``, gate above up; ``out = silu(gate) * up``.
     ``residual``: ``out += product`` instead, and prepare the norm that follows.
+    ``bias [N]``: added to the product; not with ``gated``.
     ``picked [b, P]``: only these of the ``tokens_per_row`` tokens of each row of x; ``out`` is then ``[b * P, N]``.
     ``overlap``: launch before the kernel ahead has finished. Weights must not be written by that kernel.
     """
@@ -255,27 +264,29 @@ def narrow_matmul(
     assert tokens <= NARROW_TOKENS, f"{tokens} tokens; narrow products serve at most {NARROW_TOKENS}"
     assert weight.shape == (n_out * (2 if gated else 1), depth), f"weight {list(weight.shape)}, out {list(out.shape)}"
     assert all(t.is_contiguous() for t in (x, weight, out))
-    block_t, tiles = _pow2(tokens, 16), triton.cdiv(n_out, plan.block_n)
+    block_t, tiles = pow2(tokens, 16), triton.cdiv(n_out, plan.block_n)
+    assert bias is None or not gated, "a gated product has no bias"
     assert residual is None or tiles <= Workspace.PARTS
     partial = work.squares
     if plan.split > 1:
         size = tiles * plan.split * plan.block_n * block_t * (2 if gated else 1)
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
     stage_bytes = (plan.block_n * (2 if gated else 1) + block_t) * plan.block_k * x.element_size()
-    stages = min(plan.stages, max(1, _shared_memory(x.device) // stage_bytes))
+    stages = min(plan.stages, max(1, shared_memory(x.device) // stage_bytes))
     prefetch = plan.prefetch if plan.prefetch * plan.split <= depth and plan.prefetch * x.element_size() >= 128 else 0
     _narrow_matmul_kernel[(tiles, plan.split)](
-        x, weight, out, picked, work.squares,
+        x, weight, bias, out, picked, work.squares,
         residual.weight if residual else None, residual.normed if residual else None, work.squares,
         partial, work.counters,
         tokens, n_out, depth, scale_eps or 0.0, work.square_parts,
         picked.shape[-1] if picked is not None else 1, tokens_per_row,
-        SCALED=scale_eps is not None, GATED=gated, RESIDUAL=residual is not None, PICKED=picked is not None,
+        SCALED=scale_eps is not None, GATED=gated, RESIDUAL=residual is not None,
+        BIASED=bias is not None, PICKED=picked is not None,
         EVEN_K=depth % (plan.block_k * plan.split) == 0,
         BLOCK_T=block_t, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, SPLIT=plan.split,
-        PARTS=_pow2(work.square_parts) if scale_eps is not None else 1, STRIDE=NARROW_TOKENS,
+        PARTS=pow2(work.square_parts) if scale_eps is not None else 1, STRIDE=NARROW_TOKENS,
         PREFETCH=prefetch, OVERLAP=overlap,
-        **_launch(overlap, plan.warps, stages),
+        **launch_options(overlap, plan.warps, stages),
     )  # fmt: skip
     if residual:
         work.square_parts = tiles
@@ -322,7 +333,7 @@ def embed(ids: Tensor, table: Tensor, norm: Norm, work: Workspace, *, overlap: b
     x = torch.empty(ids.numel(), hidden, dtype=table.dtype, device=table.device)
     _embed_kernel[(ids.numel(),)](
         ids, table, x, norm.weight, norm.normed, work.squares, hidden,
-        BLOCK=_pow2(hidden), OVERLAP=overlap, num_warps=8,
+        BLOCK=pow2(hidden), OVERLAP=overlap, num_warps=8,
     )  # fmt: skip
     work.square_parts = 1
     return x
@@ -358,8 +369,8 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *,
     out = torch.empty_like(x)
     hidden = x.shape[1]
     _add_rms_norm_kernel[(x.shape[0],)](
-        x, delta, weight, out, hidden, eps, ADD=delta is not None, BLOCK=_pow2(hidden), OVERLAP=overlap,
-        **_launch(overlap, 8, 1),
+        x, delta, weight, out, hidden, eps, ADD=delta is not None, BLOCK=pow2(hidden), OVERLAP=overlap,
+        **launch_options(overlap, 8, 1),
     )  # fmt: skip
     return out
 
@@ -381,9 +392,9 @@ def silu_mul(gate_up: Tensor, *, overlap: bool = False) -> Tensor:
     """``silu(gate) * up`` of ``gate_up [M, 2 I]`` -> ``[M, I]``."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(2048, _pow2(width))
+    block = min(2048, pow2(width))
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-        gate_up, out, width, BLOCK=block, OVERLAP=overlap, **_launch(overlap, 4, 1)
+        gate_up, out, width, BLOCK=block, OVERLAP=overlap, **launch_options(overlap, 4, 1)
     )
     return out
 
@@ -410,52 +421,78 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class QKNorm:
-    """What turns projected heads into attention operands: per-head norm weights ``[D]``, and ``cos`` and ``sin`` tables
-    ``[positions, D / 2]``.
+    """What turns projected heads into attention operands: per-head norm weights ``[D]`` (None: no norm), and ``cos`` and
+    ``sin`` tables ``[positions, R / 2]`` that rotate the first R channels; R divides D.
     """
 
-    q_weight: Tensor
-    k_weight: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
     cos: Tensor
     sin: Tensor
     eps: float
+
+    def flags(self, heads: Heads) -> dict:
+        """The compile-time constants of a kernel that norms and rotates."""
+        return {"NORMED": self.q_weight is not None, "TURN": self.cos.shape[1], "WIDE": max(16, heads.dim // 2)}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a layer reads and writes: its cache ``[B, H_kv, S, D]``; per entry of the forward ``prefixes [b]``, how many cached tokens it sees, and its
     ``rows [b]`` (-1: padding).
+
+    An entry of T tokens writes at ``[prefix, prefix + T)`` and sees these besides its prefix. With ``offsets [b]`` it writes at ``[prefix + offset, + T)``
+    and sees the ``width`` slots from its prefix on: those it does not write itself as they are in the cache.
     """
 
     keys: Tensor
     values: Tensor
     prefixes: Tensor
     rows: Tensor
-    offset: int = 0
+    offsets: Tensor | None = None
+    width: int = 0
+
+    def columns(self, tokens: int) -> int:
+        """How many slots from the prefix on a query may see: the columns of a local mask."""
+        return tokens if self.offsets is None else self.width
 
 
 @jit
-def _load_angles(position, live, cos, sin, HALF: tl.constexpr, WIDE: tl.constexpr):
-    """cos and sin ``[R, WIDE]`` of ``position [R]``."""
-    half = tl.arange(0, WIDE)
-    at = position[:, None] * HALF + half[None, :]
-    keep = live[:, None] & (half < HALF)[None, :]
-    return tl.load(cos + at, mask=keep, other=0.0), tl.load(sin + at, mask=keep, other=0.0)
+def _load_angles(position, live, cos, sin, TURN: tl.constexpr, WIDE: tl.constexpr):
+    """cos and sin ``[R, WIDE]`` of ``position [R]``; pairs from ``TURN`` on are not rotated."""
+    pair = tl.arange(0, WIDE)
+    at = position[:, None] * TURN + pair[None, :]
+    keep = live[:, None] & (pair < TURN)[None, :]
+    return tl.load(cos + at, mask=keep, other=1.0), tl.load(sin + at, mask=keep, other=0.0)
 
 
 @jit
-def _load_rotated(base, live, c, s, weight, eps, HALF: tl.constexpr, WIDE: tl.constexpr):
-    """Head vectors at ``base [R]``, normed and rotated: their two halves ``[R, WIDE]`` in the buffer's dtype."""
+def _first_of_pair(TURN: tl.constexpr, WIDE: tl.constexpr):
+    """The channel that pair ``i`` of a head begins with, ``[WIDE]``; the other is ``TURN`` further. All pairs cover all
+    channels, the rotated ones first.
+    """
+    first = tl.arange(0, WIDE)
+    if WIDE > TURN:
+        first += first // TURN * TURN
+    return first
+
+
+@jit
+def _load_rotated(
+    base, live, c, s, weight, eps, NORMED: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr
+):
+    """Head vectors at ``base [R]``, normed and rotated: both channels of each pair, ``[R, WIDE]``, in the buffer's dtype."""
     dtype = base.dtype.element_ty
-    half = tl.arange(0, WIDE)
-    inside = half < HALF
+    first = _first_of_pair(TURN, WIDE)
+    inside = tl.arange(0, WIDE) < HALF
     keep = live[:, None] & inside[None, :]
-    a = tl.load(base[:, None] + half[None, :], mask=keep, other=0.0).to(tl.float32)
-    b = tl.load(base[:, None] + (HALF + half)[None, :], mask=keep, other=0.0).to(tl.float32)
-    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
-    a = a * scale * tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    b = b * scale * tl.load(weight + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    a = tl.load(base[:, None] + first[None, :], mask=keep, other=0.0).to(tl.float32)
+    b = tl.load(base[:, None] + (TURN + first)[None, :], mask=keep, other=0.0).to(tl.float32)
+    if NORMED:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        a = a * scale * tl.load(weight + first, mask=inside, other=0.0).to(tl.float32)[None, :]
+        b = b * scale * tl.load(weight + TURN + first, mask=inside, other=0.0).to(tl.float32)[None, :]
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     c, s = c.to(tl.float32), s.to(tl.float32)
     return (a * c - b * s).to(dtype), (b * c + a * s).to(dtype)
 
@@ -481,13 +518,15 @@ def _share(length, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
 
 @jit
 def _attend_split_kernel(
-    qkv, out, keys, values, prefixes, rows, positions, cos, sin, q_weight, k_weight, mask, partial, softmax,
-    eps, scale, tokens, offset, slots, mask_stride, m_tiles,
-    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    qkv, out, keys, values, prefixes, rows, offsets, positions, cos, sin, q_weight, k_weight, mask, partial, softmax,
+    eps, scale, tokens, columns, slots, mask_stride, m_tiles,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, MOVED: tl.constexpr,
+    NORMED: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One (row, group of query rows, KV head, split). The last split takes the tokens of this forward, the others share
-    the committed prefix by its length on the device; a single split takes both.
+    what is seen in the cache (``MOVED``: the slots around the written ones too) by its length on the device; a single
+    split takes both.
     """
     HALF: tl.constexpr = D // 2
     pid_m, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -499,10 +538,14 @@ def _attend_split_kernel(
     row = tl.maximum(row, 0)
     length = tl.where(real, tl.load(prefixes + seq), 0).to(tl.int32)
     cached = (row * H_KV + kv).to(tl.int64) * slots * D
-    chunk, _ = _share(length, BLOCK_S, SPLITS)
+    offset, reach = 0, length
+    if MOVED:
+        offset = tl.load(offsets + seq).to(tl.int32)
+        reach = length + columns
+    chunk, _ = _share(reach, BLOCK_S, SPLITS)
     local = split == SPLITS - 1
     first = split * chunk
-    last = tl.minimum(first + chunk, length)
+    last = tl.minimum(first + chunk, reach)
     if SPLITS > 1:
         last = tl.where(local, 0, last)
 
@@ -512,7 +555,7 @@ def _attend_split_kernel(
         token = m // G
         head = kv * G + m % G
         position = tl.load(positions + seq * tokens + token, mask=live, other=0)
-        c, s = _load_angles(position, live, cos, sin, HALF, WIDE)
+        c, s = _load_angles(position, live, cos, sin, TURN, WIDE)
         if OVERLAP:
             if D * keys.dtype.element_ty.primitive_bitwidth >= 1024:
                 ahead = tl.minimum(first + tl.arange(0, BLOCK_S), tl.maximum(last - 1, 0))
@@ -521,25 +564,37 @@ def _attend_split_kernel(
             tl.extra.cuda.gdc_wait()
         stride: tl.constexpr = (G + 2) * H_KV * D
         here = seq.to(tl.int64) * tokens
-        q1, q2 = _load_rotated(qkv + (here + token) * stride + head * D, live, c, s, q_weight, eps, HALF, WIDE)
+        q1, q2 = _load_rotated(
+            qkv + (here + token) * stride + head * D, live, c, s, q_weight, eps, NORMED, HALF, TURN, WIDE
+        )
 
         d = tl.arange(0, D)
-        half = tl.arange(0, WIDE)
-        half_in = half < HALF
+        channel = _first_of_pair(TURN, WIDE)
+        half_in = tl.arange(0, WIDE) < HALF
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
         for s0 in range(first, last, BLOCK_S):
             slot = s0 + tl.arange(0, BLOCK_S)
             held = slot < last
-            k_at = keys + cached + slot[:, None] * D + half[None, :]
+            if MOVED:
+                column = slot - length
+                held = held & ((column < offset) | (column >= offset + tokens))
+            k_at = keys + cached + slot[:, None] * D + channel[None, :]
             keep = held[:, None] & half_in[None, :]
             k1 = tl.load(k_at, mask=keep, other=0.0)
-            k2 = tl.load(k_at + HALF, mask=keep, other=0.0)
+            k2 = tl.load(k_at + TURN, mask=keep, other=0.0)
             v = tl.load(values + cached + slot[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
             scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
-            scores = tl.where(held[None, :], scores, float("-inf"))
+            allowed = held[None, :]
+            if MOVED and MASKED:
+                beside = live[:, None] & (held & (column >= 0))[None, :]
+                seen = tl.load(
+                    mask + seq * mask_stride + token[:, None] * columns + column[None, :], mask=beside, other=1
+                )
+                allowed = allowed & (seen != 0)
+            scores = tl.where(allowed, scores, float("-inf"))
             top, total, acc = _softmax_step(scores, v, top, total, acc)
 
         if local:
@@ -547,20 +602,21 @@ def _attend_split_kernel(
             fresh = (t < tokens) & real
             new = qkv + (here + t) * stride + (G * H_KV + kv) * D
             new_position = tl.load(positions + seq * tokens + t, mask=fresh, other=0)
-            new_c, new_s = _load_angles(new_position, fresh, cos, sin, HALF, WIDE)
-            k1, k2 = _load_rotated(new, fresh, new_c, new_s, k_weight, eps, HALF, WIDE)
+            new_c, new_s = _load_angles(new_position, fresh, cos, sin, TURN, WIDE)
+            k1, k2 = _load_rotated(new, fresh, new_c, new_s, k_weight, eps, NORMED, HALF, TURN, WIDE)
             v = tl.load(new[:, None] + (H_KV * D + d)[None, :], mask=fresh[:, None], other=0.0)
             if tile_m == 0:
                 slot = length + offset + t
                 fits = fresh & (slot < slots)
-                k_at = keys + cached + slot[:, None] * D + half[None, :]
+                k_at = keys + cached + slot[:, None] * D + channel[None, :]
                 keep = fits[:, None] & half_in[None, :]
                 tl.store(k_at, k1, mask=keep)
-                tl.store(k_at + HALF, k2, mask=keep)
+                tl.store(k_at + TURN, k2, mask=keep)
                 tl.store(values + cached + slot[:, None] * D + d[None, :], v, mask=fits[:, None])
             allowed = live[:, None] & fresh[None, :]
             if MASKED:
-                seen = tl.load(mask + seq * mask_stride + token[:, None] * tokens + t[None, :], mask=allowed, other=0)
+                column = (offset + t)[None, :]
+                seen = tl.load(mask + seq * mask_stride + token[:, None] * columns + column, mask=allowed, other=0)
                 allowed = allowed & (seen != 0)
             scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
@@ -580,7 +636,7 @@ def _attend_split_kernel(
 
 @jit
 def _merge_splits_kernel(
-    partial, softmax, out, prefixes, rows, tokens,
+    partial, softmax, out, prefixes, rows, tokens, beside,
     H_KV: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -590,7 +646,7 @@ def _merge_splits_kernel(
     token, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seq = token // tokens
     length = tl.where(tl.load(rows + seq) >= 0, tl.load(prefixes + seq), 0).to(tl.int32)
-    _, busy = _share(length, BLOCK_S, SPLITS)
+    _, busy = _share(length + beside, BLOCK_S, SPLITS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     group, part, d = tl.arange(0, GROUP), tl.arange(0, PARTS), tl.arange(0, D)
@@ -623,10 +679,10 @@ def split_plan(batch: int, tokens: int, heads: Heads, slots: int) -> SplitPlan:
     captured graph must.
     """
     rows = tokens * heads.group
-    block_m = min(_pow2(rows, 16), 64)
+    block_m = min(pow2(rows, 16), 64)
     groups = batch * heads.kv * -(-rows // block_m)
     fill = (128 if slots <= 1024 else 256) // groups
-    splits = min(_pow2(-(-slots // 64)) * 2, 1 << max(fill, 1).bit_length() - 1, 32)
+    splits = min(pow2(-(-slots // 64)) * 2, 1 << max(fill, 1).bit_length() - 1, 32)
     return SplitPlan(block_m, 64, splits, stages=3)
 
 
@@ -645,9 +701,9 @@ def attend_split(
 ) -> Tensor:
     """Attention of a few new tokens over the cache -> ``[b * T, H * D]``; writes their keys and values on the way.
 
-    ``qkv [b * T, width]`` are raw projections, ``positions [b, T]``. Entry ``i`` writes at ``[prefix + offset, + T)`` of
-    cache row ``rows[i]`` and attends to ``[0, prefix)`` and to its own tokens under ``local_mask`` (bool ``[T, T]`` or
-    ``[b, T, T]``). A padding row writes nothing and gets zeros. ``slots``: about how long prefixes can be; it decides
+    ``qkv [b * T, width]`` are raw projections, ``positions [b, T]``. Entry ``i`` writes and sees what ``place`` says, the
+    W slots from its prefix on (its own tokens, W = T, unless ``place`` has a width) under ``local_mask`` (bool ``[T, W]``
+    or ``[b, T, W]``). A padding row writes nothing and gets zeros. ``slots``: about how long prefixes can be; it decides
     the splits, while the time follows the lengths themselves.
     ``overlap``: launch before the kernel ahead has finished; that one must not write ``positions``, ``rows``,
     ``prefixes``. It may write the cache: prefixes are read after it has finished.
@@ -662,67 +718,71 @@ def attend_split(
         out = torch.empty(batch * tokens, heads.query * heads.dim, dtype=qkv.dtype, device=qkv.device)
     parts = batch * tokens * heads.query * plan.splits if plan.splits > 1 else 0
     partial, softmax = (qkv.new_empty(parts, size, dtype=torch.float32) for size in (heads.dim, 2))
-    mask, mask_stride = _mask_bytes(local_mask, batch, tokens)
+    columns, moved = place.columns(tokens), place.offsets is not None
+    mask, mask_stride = _mask_bytes(local_mask, batch, tokens, columns)
     stage_bytes = 2 * plan.block_s * heads.dim * qkv.element_size()
-    stages = min(plan.stages, max(1, (_shared_memory(qkv.device) - (48 << 10)) // stage_bytes))
+    stages = min(plan.stages, max(1, (shared_memory(qkv.device) - (48 << 10)) // stage_bytes))
     _attend_split_kernel[(batch * m_tiles, heads.kv, plan.splits)](
-        qkv, out, place.keys, place.values, place.prefixes, place.rows, positions, norm.cos, norm.sin,
+        qkv, out, place.keys, place.values, place.prefixes, place.rows, place.offsets, positions, norm.cos, norm.sin,
         norm.q_weight, norm.k_weight, mask, partial, softmax,
-        norm.eps, heads.dim**-0.5 * _LOG2_E, tokens, place.offset, place.keys.shape[2], mask_stride, m_tiles,
-        H_KV=heads.kv, G=heads.group, D=heads.dim, WIDE=max(16, heads.dim // 2), MASKED=mask is not None,
-        BLOCK_M=plan.block_m, BLOCK_T=_pow2(tokens, 16), BLOCK_S=plan.block_s, SPLITS=plan.splits, OVERLAP=overlap,
-        **_launch(overlap, plan.warps, stages),
+        norm.eps, heads.dim**-0.5 * _LOG2_E, tokens, columns, place.keys.shape[2], mask_stride, m_tiles,
+        H_KV=heads.kv, G=heads.group, D=heads.dim, MASKED=mask is not None, MOVED=moved, **norm.flags(heads),
+        BLOCK_M=plan.block_m, BLOCK_T=pow2(tokens, 16), BLOCK_S=plan.block_s, SPLITS=plan.splits, OVERLAP=overlap,
+        **launch_options(overlap, plan.warps, stages),
     )  # fmt: skip
     if plan.splits > 1:
         _merge_splits_kernel[(batch * tokens, heads.kv)](
-            partial, softmax, out, place.prefixes, place.rows, tokens,
-            H_KV=heads.kv, G=heads.group, GROUP=_pow2(heads.group), D=heads.dim,
-            BLOCK_S=plan.block_s, SPLITS=plan.splits, PARTS=_pow2(plan.splits), OVERLAP=overlap,
-            **_launch(overlap, 4, 1),
+            partial, softmax, out, place.prefixes, place.rows, tokens, columns if moved else 0,
+            H_KV=heads.kv, G=heads.group, GROUP=pow2(heads.group), D=heads.dim,
+            BLOCK_S=plan.block_s, SPLITS=plan.splits, PARTS=pow2(plan.splits), OVERLAP=overlap,
+            **launch_options(overlap, 4, 1),
         )  # fmt: skip
     return out
 
 
-def _mask_bytes(local_mask: Tensor | None, batch: int, tokens: int) -> tuple[Tensor | None, int]:
+def _mask_bytes(local_mask: Tensor | None, batch: int, tokens: int, columns: int) -> tuple[Tensor | None, int]:
     """The mask as bytes, and the step from one row's mask to the next (0 when all rows share one)."""
     if local_mask is None:
         return None, 0
     shared = local_mask.dim() == 2
     assert local_mask.dtype == torch.bool, f"local_mask is {local_mask.dtype}; the kernels take bool masks"
-    assert local_mask.shape == ((tokens, tokens) if shared else (batch, tokens, tokens)), list(local_mask.shape)
-    return local_mask.contiguous().view(torch.uint8), 0 if shared else tokens * tokens
+    assert local_mask.shape == ((tokens, columns) if shared else (batch, tokens, columns)), list(local_mask.shape)
+    return local_mask.contiguous().view(torch.uint8), 0 if shared else tokens * columns
 
 
 @jit
 def _rope_write_kernel(
-    qkv, keys, values, prefixes, rows, positions, cos, sin, q_weight, k_weight, eps, tokens, offset, slots,
-    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    qkv, keys, values, prefixes, rows, offsets, positions, cos, sin, q_weight, k_weight, eps, tokens, slots,
+    H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MOVED: tl.constexpr,
+    NORMED: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     H: tl.constexpr = G * H_KV
     seq, head = tl.program_id(1), tl.program_id(2)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < tokens
-    half = tl.arange(0, WIDE)
+    channel, half_in = _first_of_pair(TURN, WIDE), tl.arange(0, WIDE) < HALF
     base = qkv + (seq.to(tl.int64) * tokens + t) * ((G + 2) * H_KV * D) + head * D
     position = tl.load(positions + seq * tokens + t, mask=live, other=0)
-    c, s = _load_angles(position, live, cos, sin, HALF, WIDE)
+    c, s = _load_angles(position, live, cos, sin, TURN, WIDE)
     if head < H:
-        a, b = _load_rotated(base, live, c, s, q_weight, eps, HALF, WIDE)
-        keep = live[:, None] & (half < HALF)[None, :]
-        tl.store(base[:, None] + half[None, :], a, mask=keep)
-        tl.store(base[:, None] + (HALF + half)[None, :], b, mask=keep)
+        a, b = _load_rotated(base, live, c, s, q_weight, eps, NORMED, HALF, TURN, WIDE)
+        keep = live[:, None] & half_in[None, :]
+        tl.store(base[:, None] + channel[None, :], a, mask=keep)
+        tl.store(base[:, None] + (TURN + channel)[None, :], b, mask=keep)
     else:
         row = tl.load(rows + seq)
         length = tl.load(prefixes + seq).to(tl.int32)
-        slot = length + offset + t
+        slot = length + t
+        if MOVED:
+            slot += tl.load(offsets + seq).to(tl.int32)
         fits = live & (row >= 0) & (slot < slots)
         if head < H + H_KV:
-            a, b = _load_rotated(base, live, c, s, k_weight, eps, HALF, WIDE)
-            k_at = keys + (row * H_KV + head - H).to(tl.int64) * slots * D + slot[:, None] * D + half[None, :]
-            k_keep = fits[:, None] & (half < HALF)[None, :]
+            a, b = _load_rotated(base, live, c, s, k_weight, eps, NORMED, HALF, TURN, WIDE)
+            k_at = keys + (row * H_KV + head - H).to(tl.int64) * slots * D + slot[:, None] * D + channel[None, :]
+            k_keep = fits[:, None] & half_in[None, :]
             tl.store(k_at, a, mask=k_keep)
-            tl.store(k_at + HALF, b, mask=k_keep)
+            tl.store(k_at + TURN, b, mask=k_keep)
         else:
             d = tl.arange(0, D)
             v = tl.load(base[:, None] + d[None, :], mask=live[:, None], other=0.0)
@@ -736,15 +796,16 @@ def rope_write(qkv: Tensor, positions: Tensor, place: Place, heads: Heads, norm:
     """
     batch, tokens = positions.shape
     _rope_write_kernel[(triton.cdiv(tokens, 16), batch, heads.query + 2 * heads.kv)](
-        qkv, place.keys, place.values, place.prefixes, place.rows, positions, norm.cos, norm.sin,
-        norm.q_weight, norm.k_weight, norm.eps, tokens, place.offset, place.keys.shape[2],
-        H_KV=heads.kv, G=heads.group, D=heads.dim, WIDE=max(16, heads.dim // 2), BLOCK_T=16, num_warps=4,
+        qkv, place.keys, place.values, place.prefixes, place.rows, place.offsets, positions, norm.cos, norm.sin,
+        norm.q_weight, norm.k_weight, norm.eps, tokens, place.keys.shape[2],
+        H_KV=heads.kv, G=heads.group, D=heads.dim, MOVED=place.offsets is not None, **norm.flags(heads),
+        BLOCK_T=16, num_warps=4,
     )  # fmt: skip
 
 
 @jit
 def _attend_long_kernel(
-    qkv, out, keys, values, prefixes, rows, mask, extents, scale, tokens, slots, mask_stride, extent_stride,
+    qkv, out, keys, values, prefixes, rows, mask, extents, scale, tokens, columns, slots, mask_stride, extent_stride,
     H_KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -759,7 +820,7 @@ def _attend_long_kernel(
     d = tl.arange(0, D)
     here = seq.to(tl.int64) * tokens + t
     q = tl.load(qkv + here[:, None] * ((G + 2) * H_KV * D) + head * D + d[None, :], mask=live[:, None], other=0.0)
-    clear, reach = tokens, tokens
+    clear, reach = columns, columns
     if MASKED:
         extent = extents + seq * extent_stride + tile_m * 2
         clear, reach = tl.load(extent), tl.load(extent + 1)
@@ -785,7 +846,7 @@ def _attend_long_kernel(
         allowed = live[:, None] & held[None, :]
         if MASKED:
             new = allowed & (column >= 0)[None, :]
-            seen = tl.load(mask + seq * mask_stride + t[:, None] * tokens + column[None, :], mask=new, other=1)
+            seen = tl.load(mask + seq * mask_stride + t[:, None] * columns + column[None, :], mask=new, other=1)
             allowed = allowed & (seen != 0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(allowed, scores, float("-inf"))
@@ -795,15 +856,14 @@ def _attend_long_kernel(
 
 
 def tile_extents(local_mask: Tensor, block: int) -> Tensor:
-    """For each ``block`` query rows of ``local_mask [..., T, T]``: how many leading columns all of them see, and one
+    """For each ``block`` query rows of ``local_mask [..., T, W]``: how many leading columns all of them see, and one
     past the last column any of them sees. Int32 ``[..., tiles, 2]``: up to the first nothing is masked, from the second
     on everything is skipped.
     """
-    tokens = local_mask.shape[-1]
-    spare = -tokens % block
+    spare = -local_mask.shape[-2] % block
     every = F.pad(local_mask, (0, 0, 0, spare), value=True).unflatten(-2, (-1, block)).all(-2)
     some = F.pad(local_mask, (0, 0, 0, spare), value=False).unflatten(-2, (-1, block)).any(-2)
-    past = torch.arange(1, tokens + 1, device=local_mask.device)
+    past = torch.arange(1, local_mask.shape[-1] + 1, device=local_mask.device)
     clear = every.to(torch.int32).cumprod(-1).sum(-1)
     reach = (some * past).amax(-1)
     return torch.stack([clear, reach], -1).to(torch.int32)
@@ -829,19 +889,18 @@ def attend_long(
 ) -> Tensor:
     """Attention of many new tokens, after `rope_write`, over the cache -> ``[b * T, H * D]``.
 
-    Any ``local_mask``; its empty tiles cost nothing. ``extents``: `long_extents` of it. The new tokens must have been
-    written with offset 0.
+    Any ``local_mask`` (``[T, W]`` or ``[b, T, W]``, see `attend_split`); its empty tiles cost nothing. ``extents``: `long_extents` of it.
     """
     tokens = qkv.shape[0] // batch
-    assert place.offset == 0, f"offset {place.offset}; many tokens are read back from where the prefix ends"
     out = torch.empty(batch * tokens, heads.query * heads.dim, dtype=qkv.dtype, device=qkv.device)
-    mask, mask_stride = _mask_bytes(local_mask, batch, tokens)
+    columns = place.columns(tokens)
+    mask, mask_stride = _mask_bytes(local_mask, batch, tokens, columns)
     if mask is not None and extents is None:
         extents = long_extents(local_mask, qkv.dtype)
     block_m, block_s, warps, stages = _long_blocks(qkv.dtype)
     _attend_long_kernel[(triton.cdiv(tokens, block_m), heads.query, batch)](
         qkv, out, place.keys, place.values, place.prefixes, place.rows, mask, extents,
-        heads.dim**-0.5 * _LOG2_E, tokens, place.keys.shape[2], mask_stride,
+        heads.dim**-0.5 * _LOG2_E, tokens, columns, place.keys.shape[2], mask_stride,
         0 if mask is None or local_mask.dim() == 2 else extents.stride(0),
         H_KV=heads.kv, G=heads.group, D=heads.dim, MASKED=mask is not None,
         BLOCK_M=block_m, BLOCK_S=block_s, num_warps=warps, num_stages=stages,

@@ -30,9 +30,11 @@ class Uniforms:
         seed: int = 0,
         device: torch.device | str = "cpu",
         recorded: Sequence[Sequence[float]] | None = None,
+        room: int = 0,
     ):
+        """``room``: allocate for at least this many numbers a row."""
         self.seed, self.capacity, self.recorded = seed, capacity, recorded
-        self.table = torch.zeros(rows, max(1, capacity), device=device)
+        self.table = torch.zeros(rows, max(1, capacity, room), device=device)
         self.cursor = torch.zeros(rows, dtype=torch.long, device=device)
 
     def assign(self, row: int, request: int) -> None:

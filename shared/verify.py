@@ -8,6 +8,7 @@ speculative-sampling rule of Leviathan et al. 2023 (algorithm 1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,9 @@ class Verdict:
     finite: Tensor
 
 
-def split_at_first_failure(failed: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-    """``(accepted, rejected)``, both ``[b, L]``: the span before its first failure, and that failure."""
-    failures = (failed & span).cumsum(-1)
-    return span & (failures == 0), failed & span & (failures == 1)
+def accepted_length(passed: Tensor, span: Tensor) -> Tensor:
+    """``[b]``: how many positions of ``span [b, M]`` come before its first that has not ``passed [b, M]``."""
+    return ((passed | ~span).cumprod(-1) * span).sum(-1)
 
 
 def acceptance_ratio(q: Tensor, p: Tensor, tempering: float) -> Tensor:
@@ -72,7 +72,7 @@ def judge(
     in_span = draft.span.gather(1, at) & (queries < length)
     tokens = draft.tokens.gather(1, at)
     exact_greedy = options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW
-    ratio = torch.zeros_like(tokens, dtype=torch.float32)
+    ratio, in_order = None, torch.arange(len(tokens), device=tokens.device)
     if not exact_greedy or options.ssd_ratio_threshold >= 0:
         target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
         q = target.gather(-1, tokens[..., None])[..., 0]
@@ -80,37 +80,44 @@ def judge(
     if exact_greedy:
         best, sure = greedy(verifier_logits)
         finite = torch.isfinite(sure)
-        accepted, rejected = split_at_first_failure((tokens != best) | ~finite, in_span)
-        return Verdict(*(in_block(x, queries, length) for x in (accepted, rejected, best, ratio)), finite.all(-1))
-    finite = torch.isfinite(ratio).all(-1)
-    numbers = uniforms.take(draft.rows, length, draft.span.sum(-1))
-    numbers = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1))
-    accepted, rejected = split_at_first_failure(~(numbers < ratio), in_span)
+        passed = (tokens == best) & finite
+    else:
+        finite = torch.isfinite(ratio)
+        numbers = uniforms.take(draft.rows, length, draft.span_length)
+        passed = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1)) < ratio
+    count = accepted_length(passed, in_span)
+    # The query of the first rejected position, any query where none is rejected.
+    rejected = (in_span.int().argmax(-1) + count).clamp(max=queries.shape[1] - 1)
     replacement = None
-    if options.allow_resample:
-        pick, m = torch.arange(len(tokens), device=tokens.device), rejected.int().argmax(-1)
-        law = residual(target[pick, m], draft.log_weights_at(at[pick, m]).softmax(-1))
-        drawn = inverse_cdf(law, uniforms.take(draft.rows, 1, rejected.any(-1))[:, 0])
-        replacement = drawn[:, None].expand_as(draft.tokens)
-    accepted, rejected, ratio = (in_block(x, queries, length) for x in (accepted, rejected, ratio))
-    return Verdict(accepted, rejected, replacement, ratio, finite)
+    if exact_greedy:
+        replacement = best[in_order, rejected]
+    elif options.allow_resample:
+        law = residual(target[in_order, rejected], draft.log_weights_at(at[in_order, rejected]).softmax(-1))
+        replacement = inverse_cdf(law, uniforms.take(draft.rows, 1, count < draft.span_length)[:, 0])
+    return Verdict(
+        accepted=draft.span & (draft.place_in_span < count[:, None]),
+        rejected=draft.span & (draft.place_in_span == count[:, None]),
+        replacement=None if replacement is None else replacement[:, None].expand_as(draft.tokens),
+        ratio=torch.zeros_like(draft.confidence) if ratio is None else in_block(ratio, queries, length),
+        finite=finite.all(-1),
+    )
 
 
 def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance, *, keep_rejected: bool = True) -> Choice:
-    """The tokens a verified step decodes: the accepted prefix, the first rejected position, and the ratio side door if it is open.
+    """The tokens a verified step decides: the accepted prefix, the first rejected position, and the ratio side door if it is open.
 
     Without a replacement the rejected draft is kept, or stays masked unless ``keep_rejected``.
     """
-    choice = Choice.none(draft)
-    place = torch.arange(draft.tokens.shape[1], device=draft.tokens.device).expand_as(draft.tokens)
-    choice.add(verdict.accepted, draft.tokens, How.ACCEPTED, place)
-    if verdict.replacement is None:
-        choice.add(verdict.rejected & keep_rejected, draft.tokens, How.KEPT, place)
-    else:
-        choice.add(verdict.rejected, verdict.replacement, How.RESAMPLED, place)
+    how, tokens = verdict.accepted * int(How.ACCEPTED), draft.tokens
+    if verdict.replacement is not None:
+        how = how + verdict.rejected * int(How.RESAMPLED)
+        tokens = torch.where(verdict.rejected, verdict.replacement, tokens)
+    elif keep_rejected:
+        how = how + verdict.rejected * int(How.KEPT)
+    choice = Choice(tokens, how, draft.place_in_span, (how != How.NONE).sum(-1))
     if options.ssd_ratio_threshold >= 0:
         reach = draft.masked if options.ssd_threshold_all_spans else draft.span
-        choice.add(reach & (verdict.ratio >= options.ssd_ratio_threshold), draft.tokens, How.RATIO, place)
+        choice.add(reach & (verdict.ratio >= options.ssd_ratio_threshold), draft.tokens, How.RATIO)
     return choice
 
 
@@ -120,10 +127,11 @@ def take_confident(choice: Choice, draft: Draft, options: Unmask) -> None:
     choice.add(confident, draft.tokens, How.CONFIDENT, -draft.confidence)
 
 
-def losslessness(options) -> Lossless:
+def losslessness(options, more: Mapping[str, bool] | None = None) -> Lossless:
     """Whether ``options`` make a self-speculative decoder follow block-size-one decoding exactly, and the reason.
 
     ``options`` has the groups ``sampling, blocks`` (resolved), ``acceptance, routing, cache``. Without ``denoising_steps`` a step has no quota to fill.
+    ``more``: reasons of the family's own, and whether each holds.
     """
     acceptance, routing = options.acceptance, options.routing
     broken = {
@@ -144,7 +152,7 @@ def losslessness(options) -> Lossless:
             acceptance.acceptance == "published" and options.sampling.temperature < GREEDY_BELOW
         ),
     }
-    reasons = [reason for reason, is_broken in broken.items() if is_broken]
+    reasons = [reason for reason, is_broken in {**(more or {}), **broken}.items() if is_broken]
     if reasons:
         return Lossless(False, "; ".join(reasons))
     law = "greedy text" if options.sampling.temperature < GREEDY_BELOW else "sampling law"

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
-
 import pytest
-import torch
 
-from llada2 import LLaDA2MoeModelLM
-from llada2.options import Options
+from llada2.options import NoCacheOptions, Options, StandardOptions
 from llada2.reference import Step, generate
 from shared.draft import How
 from shared.errors import UserError
-from tests.family_checks import golden_folder
+from tests.llada2.test_decode_golden import CASES, options_of, recorded_model
 
-FOLDER = golden_folder("LLaDA2")
-CASES = json.loads((FOLDER / "decode.json").read_text())["cases"]
-
-# Defaults of the published functions, where they differ from ours. A case's own keywords go on top.
-FUNCTION_DEFAULTS = {
-    "gen_length": 2048,
-    "eos_early_stop": False,
-    "threshold": 0.95,
-    "editing_threshold": 0.9,
-    "max_post_steps": 16,
-    "suppress_mask": False,
-}
-
-
-@lru_cache(maxsize=1)
-def recorded_model() -> LLaDA2MoeModelLM:
-    return LLaDA2MoeModelLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
-
-
-def options_of(case: dict) -> Options:
-    parity = {"decoder": case["decoder"], "as_bias": case["prefill_mask"] == "as_bias"}
-    return Options.from_flat({**FUNCTION_DEFAULTS, **case["kwargs"]}, **parity)
+KINDS = {kind.decoder: kind for kind in (NoCacheOptions, StandardOptions, Options)}
 
 
 def published_step(step: Step) -> dict[str, list]:
@@ -48,9 +22,10 @@ def published_step(step: Step) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
-def test_golden_decode(case):
+def test_golden_decode_by_the_definition(case):
     uniforms = iter(case.get("uniforms", []))
-    out = generate(recorded_model(), case["prompt_ids"], options_of(case), uniforms)
+    options = KINDS[case["decoder"]].from_flat(options_of(case))
+    out = generate(recorded_model(), case["prompt_ids"], options, uniforms)
     assert case["prompt_ids"] + out.tokens == case["output_ids"]
     assert len(out.forwards) == case["stats"]["nfe"]
     assert [list(f) for f in out.forwards] == case["forward_trace"]
@@ -58,8 +33,8 @@ def test_golden_decode(case):
     assert next(uniforms, None) is None, "every recorded number is used"
 
 
-def short(**flat) -> Options:
-    return Options.from_flat({"block_length": 8, "max_new_tokens": 16, **flat})
+def short(decoder: str = "cached", **flat) -> NoCacheOptions:
+    return KINDS[decoder].from_flat({"block_length": 8, "max_new_tokens": 16, **flat})
 
 
 PROMPT = CASES[0]["prompt_ids"]
@@ -67,7 +42,7 @@ PROMPT = CASES[0]["prompt_ids"]
 
 def test_nocache_is_cached():
     """With a mask that masks, recomputing everything changes nothing."""
-    texts = [generate(recorded_model(), PROMPT, short(decoder=d, max_post_steps=2)) for d in ("nocache", "cached")]
+    texts = [generate(recorded_model(), PROMPT, short(d, max_post_steps=2)) for d in ("nocache", "cached")]
     assert texts[0].tokens == texts[1].tokens
     assert [published_step(s) for s in texts[0].steps] == [published_step(s) for s in texts[1].steps]
 
@@ -75,7 +50,7 @@ def test_nocache_is_cached():
 def test_never_verifying_is_cached():
     flat = {"max_post_steps": 2, "num_to_transfer": 2}
     plain = generate(recorded_model(), PROMPT, short(**flat))
-    never = generate(recorded_model(), PROMPT, short(decoder="ssd_policy", do_verify_policy="never", **flat))
+    never = generate(recorded_model(), PROMPT, short("ssd_policy", do_verify_policy="never", **flat))
     assert (plain.tokens, plain.forwards) == (never.tokens, never.forwards)
 
 
@@ -94,20 +69,6 @@ def test_a_predicted_mask_cannot_loop(model_that_predicts_masks):
     assert 255 not in text.tokens, "by default it is never predicted"
     with pytest.raises(RuntimeError, match="predicts the mask token"):
         generate(model_that_predicts_masks, PROMPT, short(suppress_mask=False, editing_threshold=2.0))
-
-
-@pytest.mark.parametrize(
-    ("flat", "message"),
-    [
-        ({"do_verify_policy": "contextual_bandit_ucb"}, "Allowed in this family so far: mask_span_length"),
-        ({"editing_treshold": 0.5}, "did you mean editing_threshold"),
-        ({"num_to_transfer": 0}, "num_to_transfer is 0. Allowed: at least 1"),
-        ({"decoder": "ssd"}, "ssd_policy"),
-    ],
-)
-def test_options_that_do_not_exist(flat, message):
-    with pytest.raises(UserError, match=message):
-        short(**flat)
 
 
 @pytest.mark.parametrize("prompt", [[], [3, 255]])

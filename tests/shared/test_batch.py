@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.batch import Batch, Finished
+from shared.batch import Batch, Finished, by_tokens
 from shared.draft import Choice, Draft, How
 from shared.options import Blocks, Sampling
 from shared.uniforms import Uniforms
@@ -202,3 +202,20 @@ def test_more_uniforms_than_there_are():
     batch.uniforms.cursor[0] = 51
     with pytest.raises(RuntimeError, match="request 0 used 51 uniforms, only 50 exist"):
         finish(batch, 0)
+
+
+def test_groups_of_bounded_size():
+    assert by_tokens({0: 4, 3: 4, 5: 4}, 8) == [[0, 3], [5]]
+    assert by_tokens({0: 4, 3: 40, 5: 4}, 8) == [[0], [3], [5]]
+    assert by_tokens({0: 2, 1: 4, 2: 2}, 12) == [[0, 1, 2]]
+    assert by_tokens({}, 8) == []
+
+
+def test_tokens_are_counted_where_the_family_tells_them():
+    batch = new_batch([[1, 2], [3]])
+    batch.admit()
+    batch.count("draft", [0, 1], 8)
+    batch.count("draft", [1], 4)
+    batch.count("verify", [1])
+    assert batch.forwards == {"draft": 2, "verify": 1}
+    assert batch.forward_tokens == {"draft": 12, "verify": 0}

@@ -18,6 +18,7 @@ from shared.cli import (
     ScriptArguments,
     Streamer,
     build_parser,
+    choose_script,
     format_comparison,
     is_solved,
     load_prompts,
@@ -506,3 +507,21 @@ def test_script_without_a_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main([])
     assert "tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "rest"),
+    [
+        (["--seed", "1"], "plain", ["--seed", "1"]),
+        (["--fn", "fast", "--seed", "1"], "fast", ["--seed", "1"]),
+        (["--seed", "1", "--fn=fast"], "fast", ["--seed", "1"]),
+    ],
+)
+def test_a_script_of_several(argv, name, rest):
+    assert choose_script({"plain": "plain", "fast": "fast"}, argv, "fn", "plain") == (name, rest)
+
+
+@pytest.mark.parametrize("argv", [["--fn", "fasst"], ["--fn"]])
+def test_a_script_that_is_not_there(argv):
+    with pytest.raises(UserError, match=r"fn .*plain, fast"):
+        choose_script({"plain": "plain", "fast": "fast"}, argv, "fn", "plain")

@@ -53,7 +53,9 @@ def test_without_a_gpu_all_use_the_cpu(monkeypatch):
 
 def output(requests: list[int], seconds: float, batch_forwards: dict[str, int]) -> Output:
     trace = Trace(1, 1, [1, 2], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], [0], [0], {"draft": 1})
-    return Output([Completion(k, [2], trace, seconds, 0) for k in requests], seconds, batch_forwards, True, "why")
+    completions = [Completion(k, [2], trace, seconds, 0) for k in requests]
+    batch_tokens = {kind: {"draft": 4, "verify": 8}[kind] * n for kind, n in batch_forwards.items()}
+    return Output(completions, seconds, batch_forwards, True, "why", seconds / 2, batch_tokens)
 
 
 def gathered(monkeypatch, rank: int, parts: list[Output | None]) -> Output | None:
@@ -72,8 +74,9 @@ def test_outputs_become_one(monkeypatch):
     parts = [output([0, 3], 2.0, {"draft": 4, "verify": 1}), output([1, 4], 3.0, {"draft": 2}), None]
     whole = gathered(monkeypatch, 0, parts)
     assert [c.request for c in whole.completions] == [0, 1, 3, 4]
-    assert whole.seconds == 3.0, "the slowest"
+    assert (whole.seconds, whole.prefill_seconds) == (3.0, 1.5), "the slowest"
     assert whole.batch_forwards == {"draft": 6, "verify": 1}
+    assert whole.batch_tokens == {"draft": 24, "verify": 8}
     assert (whole.lossless, whole.lossless_reason) == (True, "why")
     assert gathered(monkeypatch, 1, parts) is None
     assert gathered(monkeypatch, 2, parts) is None

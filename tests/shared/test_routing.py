@@ -257,3 +257,22 @@ def test_score_uses_the_named_estimator():
     alpha = estimate(draft.log_weights, draft.confidence, estimation)
     assert alpha[0, 0].item() == pytest.approx(0.25)  # four equal tokens
     assert rule.score(draft).item() == pytest.approx(0.25 + 0.25**2)
+
+
+def test_a_step_with_nothing_masked_is_worth_nothing():
+    """No price makes it worth a verify: a switch that such a step finds on goes off."""
+    rule = policy(
+        "score_hysteresis", score_penalty_coef=0.0, hysteresis_threshold_on=0.0, hysteresis_threshold_off=-9.0
+    )
+    full, done = [[True] * LENGTH], [[False] * LENGTH]
+    assert rule.decide(make_draft(full, [[0.9] * LENGTH])).tolist() == [True]
+    assert rule.decide(make_draft(done, [[0.9] * LENGTH])).tolist() == [False]
+    assert not rule.on[0]
+
+
+def test_the_bandit_does_not_try_a_step_with_nothing_masked():
+    rule = policy("contextual_bandit_ucb")
+    draft = make_draft([[False] * LENGTH], [[0.9] * LENGTH])
+    rule.observe(draft, rule.decide(draft) & False, torch.zeros(1, dtype=torch.long))
+    assert not rule.tries.any()
+    assert not rule.time.any()

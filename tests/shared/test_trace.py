@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from shared.draft import How
 from shared.trace import Trace, format_trace
@@ -69,3 +70,31 @@ def test_json_is_complete():
     names = saved.pop("how_names")
     assert [names[h] for h in saved["how_of"][2:4]] == ["accepted", "resampled"]
     assert Trace(**saved) == TRACE
+
+
+# Position 2 was 18 at first, 19 for a while, and is 12 in the end; position 5 was 11.
+EDITED = replace(TRACE, edits=[(1, 2, 18, 19), (2, 2, 19, 12), (2, 5, 11, 15)])
+
+
+def test_edits_by_what_they_replaced():
+    assert EDITED.edit_counts() == {"unmasked": 1, "accepted": 1, "edited": 1}
+    assert TRACE.edit_counts() == {}
+    assert EDITED.counts() == TRACE.counts(), "how a position was first decided stays"
+
+
+def test_first_tokens():
+    assert [EDITED.first_token(p) for p in (2, 3, 5)] == [18, 13, 11]
+
+
+def test_format_of_edits():
+    lines = format_trace(EDITED).splitlines()
+    assert lines[2] == "      edits 2: 18 -> 19"
+    assert lines[4] == "      edits 2: 19 -> 12, 5: 11 -> 15"
+    spoken = [line.strip() for line in format_trace(EDITED, Words()).splitlines()]
+    assert spoken[1] == "'gb'", "what the step wrote, not what became of it"
+    assert "edits 2: 'g' -> 'h'" in spoken
+
+
+def test_json_has_the_edits():
+    saved = json.loads(json.dumps(EDITED.to_json()))
+    assert saved["edits"] == [[1, 2, 18, 19], [2, 2, 19, 12], [2, 5, 11, 15]]

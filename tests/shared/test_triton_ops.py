@@ -5,6 +5,8 @@ Kernels run on a GPU, or in triton's interpreter with ``TRITON_INTERPRET=1``.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -144,7 +146,10 @@ class Case:
         self.before = self.keys.clone(), self.values.clone()
         self.lengths = torch.tensor(lengths, device=DEVICE)
         index = torch.tensor(rows, device=DEVICE)
-        self.place = ops.Place(self.keys, self.values, self.lengths[index.clamp(min=0)], index, offset)
+        self.place = ops.Place(self.keys, self.values, self.lengths[index.clamp(min=0)], index)
+        if offset:
+            offsets = torch.full_like(index, offset)
+            self.place = dataclasses.replace(self.place, offsets=offsets, width=offset + tokens)
         self.qkv = _random(b * tokens, heads.width, dtype=dtype)
         self.raw = self.qkv.clone()
         angle = torch.randn(4096, dim // 2, device=DEVICE)
@@ -160,13 +165,13 @@ class Case:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(self.dtype)
 
     def expected(self, i):
-        """Output ``[T, H * D]`` of row i, its new keys and values ``[H_kv, T, D]``."""
+        """Output ``[T, H * D]`` of row i, its new keys and values ``[H_kv, T, D]``. What lies between prefix and offset is seen."""
         h, t = self.heads, self.tokens
         raw = self.raw[i * t : (i + 1) * t].view(t, -1, h.dim)
         q = self._rotated(raw[:, : h.query], self.norm.q_weight, self.positions[i]).transpose(0, 1)
         k = self._rotated(raw[:, h.query : h.query + h.kv], self.norm.k_weight, self.positions[i]).transpose(0, 1)
         v = raw[:, h.query + h.kv :].transpose(0, 1)
-        row, length = self.rows[i], int(self.lengths[self.rows[i]])
+        row, length = self.rows[i], int(self.lengths[self.rows[i]]) + self.offset
         all_k = torch.cat([self.before[0][row, :, :length], k], 1).double().repeat_interleave(h.group, 0)
         all_v = torch.cat([self.before[1][row, :, :length], v], 1).double().repeat_interleave(h.group, 0)
         scores = q.double() @ all_k.transpose(1, 2) * h.dim**-0.5

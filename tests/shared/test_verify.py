@@ -13,10 +13,10 @@ from shared.options import Acceptance, Blocks, Cache, Routing, Sampling, Unmask
 from shared.uniforms import Uniforms
 from shared.verify import (
     acceptance_ratio,
+    accepted_length,
     judge,
     losslessness,
     residual,
-    split_at_first_failure,
     take_confident,
     verified_choice,
 )
@@ -49,18 +49,11 @@ flags = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8
 
 
 @given(flags)
-def test_split_at_first_failure(cells):
-    failed, span = (torch.tensor([row]) for row in zip(*cells, strict=True))
-    accepted, rejected = split_at_first_failure(failed, span)
-    want_accepted, want_rejected = [], []
-    for i, (bad, inside) in enumerate(cells):
-        if inside and bad:
-            want_rejected = [i]
-            break
-        if inside:
-            want_accepted.append(i)
-    assert accepted[0].nonzero()[:, 0].tolist() == want_accepted
-    assert rejected[0].nonzero()[:, 0].tolist() == want_rejected
+def test_accepted_length(cells):
+    passed, span = (torch.tensor([row]) for row in zip(*cells, strict=True))
+    inside = [good for good, inside in cells if inside]
+    want = inside.index(False) if False in inside else len(inside)
+    assert accepted_length(passed, span).tolist() == [want]
 
 
 simplex = st.lists(st.integers(0, 8), min_size=3, max_size=3).filter(any).map(lambda w: [x / sum(w) for x in w])
@@ -309,6 +302,8 @@ def test_losslessness():
     both = losslessness(options(cache_ver=False, do_verify_policy="score_threshold"))
     assert not both.lossless
     assert both.reason.count(";") == 1, "every reason is told"
+    own = losslessness(options(), {"the family edits": True, "and more": False})
+    assert own == (False, "the family edits")
 
 
 @pytest.mark.parametrize(

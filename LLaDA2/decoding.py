@@ -1,0 +1,465 @@
+"""The LLaDA2 decode loop: threshold decoding that edits its own tokens, and S2D2, in which the same model at block size one verifies its drafts.
+
+Each step drafts the current block of every row, replaces known tokens of it where the model is confident of others, may verify the first masked span, fills
+what the step still owes by confidence, and commits blocks that are finished. ``cached`` is the same loop with a policy that never
+verifies, ``nocache`` that one with nothing ever committed.
+
+What a step computes between its forwards stands in four functions of device tensors: `draft_inputs`, `drafted`, `verify_inputs` and `decided`. They read
+nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
+from llada2.options import NoCacheOptions, Options, StandardOptions
+from llada2.rows import Rows
+from shared import masks
+from shared.batch import Finished, by_tokens, whole_blocks
+from shared.calls import check_call, check_prompts, split_call
+from shared.diagnose import first_broken_layer
+from shared.draft import Choice, Draft, How
+from shared.engine import Engine, Inputs, Staged
+from shared.kv_cache import BlockCache
+from shared.options import Acceptance, Cache
+from shared.output import Completion, Lossless, Output
+from shared.phases import call
+from shared.prompts import as_prompts
+from shared.routing import Never, Policy, make_policy
+from shared.sampling import GREEDY_BELOW, sample
+from shared.spans import Picked, pick, span_inputs, wishes
+from shared.stop_strings import StopStrings
+from shared.uniforms import Uniforms
+from shared.unmask import above_threshold
+from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
+
+PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
+
+
+@dataclass
+class Run:
+    """One decode in progress: the model, its options (resolved), and what the rows share."""
+
+    model: LLaDA2MoeModelLM
+    options: NoCacheOptions
+    batch: Rows
+    engine: Engine
+    policy: Policy
+    judge: Callable[..., Verdict]
+    phase: Callable = call  # runs a function of device tensors, as a graph where that is possible
+    prefill_seconds: float = 0.0
+
+    @property
+    def cached(self) -> bool:
+        return isinstance(self.options, StandardOptions)
+
+    @property
+    def cache(self) -> BlockCache:
+        return self.engine.cache
+
+    @property
+    def cache_options(self) -> Cache:
+        return getattr(self.options, "cache", Cache())
+
+    @property
+    def acceptance(self) -> Acceptance:
+        return getattr(self.options, "acceptance", Acceptance())
+
+    @property
+    def whole_verify(self) -> bool:
+        """Does a verify carry the whole block whatever the span?"""
+        outside = self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
+        return outside or not (isinstance(self.options, Options) and self.options.savings.short_verify)
+
+    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, ahead=None) -> Tensor:
+        """One pass over ``tokens`` tokens an entry, which belong to ``rows``. The mask token is ruled out by `rule_out`."""
+        self.batch.count(kind, set(rows), tokens * len(rows))
+        window, backend = self.cache.window(tokens, rows, ahead=ahead), self.model.backend
+        if isinstance(staged, Inputs) and staged.mask is not None and staged.mask.is_floating_point():
+            self.model.backend = "reference"  # the one that adds masks
+        try:
+            return self.engine.run(staged, window)
+        finally:
+            self.model.backend = backend
+
+    def rule_out(self, logits: Tensor) -> Tensor:
+        """The logits without the mask token, unless the options allow it."""
+        if self.options.sampling.suppress_mask:
+            logits[..., self.batch.mask_id] = float("-inf")
+        return logits
+
+
+@torch.inference_mode()
+def decode(
+    model: LLaDA2MoeModelLM,
+    input_ids,
+    options: NoCacheOptions,
+    *,
+    attention_mask=None,
+    uniforms: Sequence[Sequence[float]] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    tokenizer=None,
+    requests: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    on_block: Callable[[int, list[int]], None] | None = None,
+    on_finish: Callable[[Completion], None] | None = None,
+    judge: Callable[..., Verdict] = judge,
+) -> Output:
+    """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
+
+    ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
+    join as rows finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``).
+    Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests`` numbers the prompts
+    otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish, ``on_finish(completion)`` as texts do.
+    ``judge`` replaces `shared.verify.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
+    """
+    began = time.perf_counter()
+    prompts = as_prompts(input_ids, attention_mask)
+    options = resolve(model, options, tokenizer)
+    check_prompts(prompts, options.blocks, model.config)
+    check_call(len(prompts), requests, uniforms, batch_size)
+    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
+    text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    stops = StopStrings(stop, text_of, run.batch)
+    done: dict[int, Completion] = {}
+    while prefill(run) or run.batch.active:
+        rows = run.batch.active
+        draft, wish = propose(run, rows)
+        picked = route(run, rows, wish)
+        verified = verify(run, rows, draft, picked)
+        finished = stops.end(settle(run, rows, draft, verified))
+        if on_block:
+            for f in finished:
+                on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, options.blocks.max_new_tokens))
+        commit(run, finished)
+        for f in finished:
+            if f.last:
+                position = run.batch.rows[f.row].position
+                done[position] = completion = stops.cut(run.batch.retire(f.row, options.blocks, text_of))
+                if on_finish:
+                    on_finish(completion)
+    return Output(
+        [done[k] for k in sorted(done)],
+        time.perf_counter() - began,
+        dict(run.batch.forwards),
+        *_lossless(run.options),
+        prefill_seconds=run.prefill_seconds,
+        batch_tokens=dict(run.batch.forward_tokens),
+    )
+
+
+def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
+    """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
+    blocks, editing, device = options.blocks, options.editing, model.device
+    length = blocks.block_length
+    capacity = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length)
+    engine = Engine.of(model, rows, capacity + length, length, options.runtime)
+    allocated, slots = len(engine.cache.lengths), engine.cache.slots
+    per_block = length * (length + editing.max_post_steps) if options.sampling.temperature >= GREEDY_BELOW else 0
+    per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
+    most = max(per_block * (blocks.max_new_tokens // length + 2), 1)
+    numbers = most if uniforms is None else max(map(len, uniforms), default=1)
+    room = per_block * (slots // length + 2)
+    source = Uniforms(allocated, numbers, seed=seed, device=device, recorded=uniforms, room=room)
+    batch = Rows(
+        prompts,
+        blocks,
+        editing,
+        requests=requests,
+        rows=rows,
+        device=device,
+        uniforms=source,
+        room=(allocated, slots),
+    )
+    policy = Never()
+    if isinstance(options, Options):
+        policy = make_policy(
+            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
+        )
+    run = Run(model, options, batch, engine, policy, judge)
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    run.phase = engine.phases_for(constants, [batch, source, policy])
+    return run
+
+
+def resolve(model: LLaDA2MoeModelLM, options: NoCacheOptions, tokenizer=None) -> NoCacheOptions:
+    """The options with every default that depends on the checkpoint filled in."""
+    blocks = options.blocks
+    length = blocks.block_length or model.config.block_size
+    mask_id, stop_ids = model.special_ids(blocks.mask_id, blocks.stopping_criteria_idx, tokenizer)
+    blocks = replace(blocks, block_length=length, mask_id=mask_id, stopping_criteria_idx=stop_ids)
+    return replace(options, blocks=blocks)
+
+
+def prefill(run: Run) -> bool:
+    """Admit waiting prompts and encode their whole blocks. True if any came."""
+    batch = run.batch
+    rows = batch.admit()
+    run.cache.reset(rows)
+    run.policy.reset(rows)
+    began = time.perf_counter()
+    if run.cached:
+        for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
+            encode_prompts(run, group)
+    if rows and run.cache.length.is_cuda:
+        torch.cuda.synchronize(run.cache.length.device)
+    run.prefill_seconds += time.perf_counter() - began
+    return bool(rows)
+
+
+def encode_prompts(run: Run, rows: list[int]) -> None:
+    """One forward over the whole blocks of the prompts of ``rows``, all of which have some."""
+    starts = [run.batch.rows[i].start for i in rows]
+    ids = run.batch.tokens[run.batch.index(rows), : max(starts)]
+    positions = torch.arange(max(starts), device=ids.device).expand_as(ids)
+    # Shorter rows are padded with what follows their prompt: later tokens, which earlier ones never see.
+    inputs = Inputs(ids, positions, run.batch.index(rows), prefix_mask(run, starts), logits_at=slice(0, 0))
+    run.forward("prefill", rows, inputs, max(starts))
+    run.cache.commit(starts, rows)
+
+
+def prefix_mask(run: Run, ends: list[int]) -> Tensor:
+    """How the first ``ends [b]`` tokens of some rows see each other, ``[T, T]`` for the longest, or what is added to their scores, ``[b, T, T]``."""
+    tokens, device = max(ends), run.cache.length.device
+    if run.cache_options.cache_ver:
+        return masks.token_causal(tokens, device)
+    mask = masks.block_causal(tokens, run.batch.block_length, device)
+    if not run.options.blocks.as_bias:
+        return mask
+    # A 0 where the mask is False hides nothing, so the padding of shorter rows has to be hidden here.
+    padding = torch.arange(tokens, device=device) >= run.batch.index(ends)[:, None]
+    return mask.float().expand(len(ends), -1, -1).masked_fill(padding[:, None, :], float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The current block of some rows as a draft sees it: ``block, masked [b, L]``; ``index [b]`` are their rows."""
+
+    index: Tensor
+    block: Tensor
+    masked: Tensor
+    staged: Inputs | Staged | None = None
+
+
+def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
+    """Denoise the current block of ``rows`` once: a draft, and what the policy wishes to verify of it (see `drafted`).
+
+    Finished blocks that still have to be committed ride along as further entries of the same forward: in each layer their keys are in the
+    cache before the drafts look.
+    """
+    batch, length = run.batch, run.batch.block_length
+    if not run.cached:
+        view, inputs = whole_inputs(run, rows)
+        return run.phase(drafted, run, view, run.forward("draft", rows, inputs, inputs.ids.shape[1]))
+    riders = [i for i in rows if batch.rows[i].uncommitted]
+    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
+    ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
+    view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
+    logits = run.forward("draft", rows + riders, view.staged, length, ahead)
+    for i in riders:
+        batch.rows[i].uncommitted = False
+    run.cache.commit([length] * len(riders), riders)
+    return run.phase(drafted, run, view, logits)
+
+
+def whole_inputs(run: Run, rows: list[int]) -> tuple[View, Inputs]:
+    """The blocks of ``rows``, and with everything before them as one forward's inputs."""
+    batch, index = run.batch, run.batch.index(rows)
+    ends = [batch.rows[i].start + batch.block_length for i in rows]
+    ids, block = batch.tokens[index, : max(ends)], batch.block(index)
+    positions = torch.arange(max(ends), device=ids.device).expand_as(ids)
+    inputs = Inputs(ids, positions, index, prefix_mask(run, ends), logits_at=batch.positions(index))
+    return View(index, block, block == batch.mask_id), inputs
+
+
+def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | None) -> View:
+    """The blocks of rows ``index [b]``, and of the commits that ``ride [r]`` along, as one forward's inputs; ``ahead [b + r]``."""
+    batch, options, length = run.batch, run.cache_options, run.batch.block_length
+    block, positions = batch.block(index), batch.positions(index)
+    masked = block == batch.mask_id
+    known, mask = torch.zeros_like(index), None
+    if options.draft_ver:
+        known = torch.where(masked.any(-1), masked.int().argmax(-1), length)
+        mask = masks.causal_until(known, length)
+    ids, entries = block, index
+    if ride is not None:
+        entries = torch.cat([index, ride])
+        ids = torch.cat([ids, batch.block(ride, back=length)])
+        positions = torch.cat([positions, batch.positions(ride, back=length)])
+        if options.draft_ver or options.cache_ver:
+            final = torch.full_like(ride, length if options.cache_ver else 0)
+            mask = masks.causal_until(torch.cat([known, final]), length)
+    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, leading=len(index)))
+    return View(index, block, masked, staged)
+
+
+def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
+    """A token and its confidence at every position, known tokens edited, and what the policy wishes to verify (`shared.spans.wishes`).
+
+    The block of the draft is the edited one: what is verified, filled and written next builds on it.
+    """
+    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
+    logits, uniform = run.rule_out(logits), None
+    if sampling.temperature >= GREEDY_BELOW:
+        uniform = batch.uniforms.take(view.index, length, length)
+    tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
+    better = confidence > run.options.editing.editing_threshold
+    block = batch.edit(view.index, view.block, view.masked, tokens, better)
+    entry = torch.arange(len(view.index), device=tokens.device)
+    decoded = batch.decoded[view.index]
+    draft = Draft(view.index, block, view.masked, tokens, confidence, logits, entry, decoded, sampling)
+    return draft, wishes(run.policy, draft, whole=run.whole_verify)
+
+
+def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
+    """Which of the rows that have something masked to verify, and how far."""
+    candidates = [k for k, i in enumerate(rows) if i not in run.batch.resting]
+    return pick(run.policy, wish, run.engine, candidates, whole=run.whole_verify)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Rows of a draft that were verified, ``index [v]`` (None: all of them), at the in-block positions ``queries [v, M]``, and the verifier's logits."""
+
+    index: Tensor | None
+    queries: Tensor
+    logits: Tensor
+
+
+def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> Verified | None:
+    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick")."""
+    if not picked.index:
+        return None
+    index = None if len(picked.index) == len(rows) else run.batch.index(picked.index)
+    queries, staged = run.phase(verify_inputs, run, draft, index, picked.tokens, picked.queries)
+    these = [rows[k] for k in picked.index]
+    return Verified(index, queries, run.forward("verify", these, staged, picked.tokens + picked.queries))
+
+
+def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int, queries: int):
+    """``(queries [v, M], inputs)`` of a verify over the first ``tokens`` of the block; a query beyond the span stands at ``L``."""
+    part = draft if index is None else draft.select(index)
+    asked = span_inputs(part, tokens, queries, run.batch.start[part.rows], run.batch.mask_id)
+    inputs = Inputs(asked.ids, asked.positions, part.rows, asked.mask, logits_at=asked.wanted)
+    return asked.queries, run.engine.stage(inputs)
+
+
+def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
+    """Decide the step, and read which blocks are finished; if logits were not finite, say in which layer that began."""
+    try:
+        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+    except FloatingPointError as error:
+        length = run.batch.block_length
+        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
+        positions = run.batch.positions(draft.rows).repeat(1, 2)
+        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
+        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
+        raise FloatingPointError(f"{error}, first in {layer}") from None
+
+
+def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
+    """What the step writes: the verified prefix, then what it still owes by confidence. Returns what `Batch.settle` reads."""
+    choice, reach, finite = judged(run, draft, verified)
+    everyone = verified is not None and verified.index is None
+    if not everyone or run.options.unmask.num_to_transfer > 1:  # a verified row has gained one already
+        fill(run, draft, choice)
+    run.policy.observe(draft, reach > 0, choice.count)
+    return run.batch.record(draft, choice, reach, finite)
+
+
+def judged(run: Run, draft: Draft, verified: Verified | None) -> tuple[Choice, Tensor, Tensor]:
+    """The choice after verification, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
+    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?"""
+    if verified is not None and verified.index is None:
+        choice, reach, finite = verdict_on(run, draft, verified)
+    else:
+        choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
+        finite = torch.ones_like(draft.rows, dtype=torch.bool)
+        if verified is not None:
+            at = verified.index
+            chosen, reach[at], finite[at] = verdict_on(run, draft.select(at), verified)
+            choice.put(at, chosen)
+    if run.acceptance.always_check_high_confidence:
+        take_confident(choice, draft, run.options.unmask)
+    return choice, reach, finite
+
+
+def verdict_on(run: Run, draft: Draft, verified: Verified) -> tuple[Choice, Tensor, Tensor]:
+    """The same for a draft all of whose rows were verified."""
+    options, logits = run.options, run.rule_out(verified.logits)
+    verdict = run.judge(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
+    short = options.savings.short_verify
+    reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
+    return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
+
+
+def fill(run: Run, draft: Draft, choice: Choice) -> None:
+    """Fill what the step still owes: every draft above the threshold, or the surest ones where those are too few."""
+    unmask = run.options.unmask
+    due = draft.masked.sum(-1).clamp(max=unmask.num_to_transfer) - choice.count
+    eligible = draft.masked & ~choice.take & (due > 0)[:, None]
+    count = torch.minimum(due, eligible.sum(-1))
+    take, _ = above_threshold(draft.confidence, eligible, count, unmask.confidence_threshold)
+    choice.add(take, draft.tokens, How.UNMASKED)
+
+
+def is_encoded(run: Run, finished: Finished) -> bool:
+    """Are the keys a commit would compute in the cache already, written by the verify or the draft of this step?"""
+    savings, causal = run.options.savings, run.cache_options.cache_ver
+    if finished.verified_to < run.batch.block_length:
+        return False
+    if finished.row in run.batch.rested:
+        return savings.reuse_draft and run.cache_options.draft_ver == causal
+    return savings.reuse_verify and causal
+
+
+def commit(run: Run, finished: list[Finished]) -> None:
+    """Keep the keys and values of finished blocks: those a forward of this step computed from the final tokens, else by a forward of the final
+    tokens, now or together with the next draft. Then move the rows on."""
+    batch, length = run.batch, run.batch.block_length
+    if run.cached and finished:
+        savings = run.options.savings
+        wanted = [f for f in finished if not (f.last and savings.skip_last_commit)]
+        encoded = [f.row for f in wanted if is_encoded(run, f)]
+        now = []
+        for f in wanted:
+            if f.row not in encoded:
+                if savings.fuse_commit and not f.last:
+                    batch.rows[f.row].uncommitted = True
+                else:
+                    now.append(f.row)
+        if now:
+            index = batch.index(now)
+            mask = masks.token_causal(length, index.device) if run.cache_options.cache_ver else None
+            inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
+            run.forward("commit", now, inputs, length)
+        run.cache.commit([length] * len(encoded + now), encoded + now)
+    batch.advance([f.row for f in finished if not f.last])
+
+
+def _lossless(options: NoCacheOptions) -> Lossless:
+    blocks, editing = options.blocks, options.editing
+    if isinstance(options, Options):
+        own = {
+            "editing replaces verified tokens (editing_threshold 1 does not)": editing.on,
+            "num_to_transfer above 1 adds unverified tokens": options.unmask.num_to_transfer > 1,
+        }
+        return losslessness(options, own)
+    if blocks.block_length == 1 and not blocks.as_bias and not (editing.on and editing.max_post_steps):
+        return Lossless(True, "block size one is the law itself")
+    return Lossless(False, "tokens of one step are taken independently of each other")
+
+
+def generate(
+    kind: type[NoCacheOptions], model, input_ids, options: NoCacheOptions | None, uniforms, flat: dict
+) -> Output:
+    """Behind every ``generate`` function of the family: split ``flat`` into call keywords and options, check the latter, decode."""
+    options, call = split_call(kind, options, flat)
+    return decode(model, input_ids, options, uniforms=uniforms, **call)

@@ -1,0 +1,178 @@
+"""What every family's fast forward is held to: the plain network's logits and cache, whatever the batch, the window, the mask and the padding.
+
+On a GPU, or in triton's interpreter with ``TRITON_INTERPRET=1``. A check takes a family's small model, made by `on_device`, and its `FastForward`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared import triton_ops as ops
+from shared.engine import Engine
+from shared.fast import FastForward
+from shared.graphs import Shape
+from shared.kv_cache import Window
+from shared.masks import block_causal, token_causal, two_copy_verify
+from shared.options import Runtime
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE == "cuda"
+VOCABULARY = 200
+needs_kernels = pytest.mark.skipif(not ops.available(DEVICE), reason="no CUDA device, and triton does not interpret")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+
+# (rows, tokens, mask, place): what decoders ask for. Rows hold 70, 0 and 33 tokens.
+BESIDE = torch.cat([torch.zeros(8, 16, dtype=torch.bool), token_causal(8)], 1).to(DEVICE)
+WINDOWS = {
+    "draft": ([0], 16, None, {}),
+    "causal": ([2, 0], 8, token_causal(8, DEVICE), {}),
+    "verify": ([2, 0, 1], 32, two_copy_verify(16, DEVICE), {}),
+    "prefill": ([1, 2], 80, block_causal(80, 4, DEVICE), {}),
+    "inside a block": ([2, 0, 1], 8, None, {"offset": [0, 8, 4], "width": 16}),
+    "behind a block": ([2, 0], 8, BESIDE, {"offset": 16}),
+    "anywhere": ([2, 1], 70, torch.rand(2, 70, 90, device=DEVICE) < 0.5, {"offset": [3, 11], "width": 90}),
+}
+
+
+def on_device(model, dtype=torch.float32):
+    """``model`` with random weights, ready for inference."""
+    torch.manual_seed(0)
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        norm = "norm" in name
+        torch.nn.init.normal_(weight.data, mean=float(norm), std=0.2 if norm else 0.15)
+    return model.to(DEVICE, dtype).eval().requires_grad_(False)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def filled(model, lengths=(70, 0, 33), slots=256):
+    cache = model.new_cache(len(lengths), slots)
+    cache.keys.normal_()
+    cache.values.normal_()
+    cache.commit(lengths)
+    return cache
+
+
+def run(fast: FastForward, ids, positions, window: Window, mask=None, **how):
+    """The fast forward in ``window``."""
+    moved = {} if window.plain else {"offsets": window.offset, "width": window.width}
+    return fast(ids, positions, window.cache, window.row_index, window.prefix, mask, **moved, **how)
+
+
+def matches_the_plain_forward(model, fast: FastForward, name: str, tolerance: float, picks=(None, slice(2, 5), "some")):
+    """Logits and cache, for all positions, a slice of them, and chosen ones."""
+    rows, tokens, mask, place = WINDOWS[name]
+    cache = filled(model)
+    ids, positions = (torch.randint(high, (len(rows), tokens), device=DEVICE) for high in (VOCABULARY, 500))
+    keys, values = cache.keys.clone(), cache.values.clone()
+    for at in picks:
+        at = torch.randint(tokens, (len(rows), 3), device=DEVICE) if at == "some" else at
+        cache.keys.copy_(keys)
+        cache.values.copy_(values)
+        window = cache.window(tokens, rows, **place)
+        want = model(ids, positions, window, mask, logits_at=at)
+        want_keys, want_values = cache.keys.clone(), cache.values.clone()
+        cache.keys.copy_(keys)
+        cache.values.copy_(values)
+        got = run(fast, ids, positions, window, mask, logits_at=at)
+        assert got.shape == want.shape
+        assert error(got, want) <= tolerance
+        assert error(cache.keys, want_keys) <= tolerance
+        assert error(cache.values, want_values) <= tolerance
+
+
+def batches_match(model, fast: FastForward, rows: int, tolerance: float):
+    """A draft of 8 tokens in each of ``rows`` rows."""
+    cache = filled(model, torch.randint(100, (rows,)).tolist())
+    ids, positions = (torch.randint(high, (rows, 8), device=DEVICE) for high in (VOCABULARY, 500))
+    window = cache.window(8)
+    want = model(ids, positions, window)
+    assert error(run(fast, ids, positions, window), want) <= tolerance
+
+
+def padding_writes_nothing(model, fast: FastForward, tokens: int):
+    cache = filled(model, [20, 40, 60])
+    ids = torch.randint(VOCABULARY, (3, tokens), device=DEVICE)
+    positions = torch.arange(tokens, device=DEVICE).expand(3, tokens)
+    alone = run(fast, ids[1:2], positions[1:2], cache.window(tokens, [2]))
+    written = cache.keys.clone()
+    padded = fast(ids, positions, cache, torch.tensor([-1, 2, -1], device=DEVICE), cache.length[[0, 2, 1]])
+    assert error(padded[1:2], alone) <= 1e-5
+    assert padded.isfinite().all()
+    assert error(cache.keys, written) <= 1e-5
+    assert torch.equal(cache.keys[:, :2], written[:, :2])
+
+
+def riders_are_seen(model, fast: FastForward, tokens: int):
+    """A commit riding with a draft of the next block: the same as one after the other."""
+    cache = filled(model, [20, 40, 60])
+    ids = torch.randint(VOCABULARY, (3, tokens), device=DEVICE)
+    positions = torch.arange(tokens, device=DEVICE) + torch.tensor([[60], [40 + tokens], [40]], device=DEVICE)
+    window = cache.window(tokens, [2, 1, 1], ahead=[0, tokens, 0])
+    mask = torch.stack([torch.ones(tokens, tokens, dtype=torch.bool)] * 2 + [token_causal(tokens)]).to(DEVICE)
+    got = run(fast, ids, positions, window, mask, leading=2)
+    fast(ids[2:], positions[2:], cache, window.row_index[2:], window.prefix[2:], mask[2:])
+    want = fast(ids[:2], positions[:2], cache, window.row_index[:2], window.prefix[:2])
+    assert got.shape == want.shape
+    assert error(got, want) <= 1e-5
+    assert error(model(ids, positions, window, mask, leading=2), want) <= 1e-5
+
+
+# (rows, tokens, picks, place): each of these is captured at 1, 2 and 3 rows.
+REPLAYS = [
+    ([1], 16, 0, {}),
+    ([2, 0], 16, 5, {}),
+    ([0, 1, 2], 8, 8, {"offset": [0, 8, 4], "width": 16}),
+    ([2], 8, 9, {"offset": 16}),
+]
+
+
+def replays_equal_eager(model):
+    """Captured shapes repeat the eager forward bit for bit, logits and cache."""
+    kinds = [
+        Shape(1, tokens, picks=picks, width=(place.get("width") or place["offset"] + tokens) if place else 0)
+        for _, tokens, picks, place in REPLAYS
+    ]
+    engine = Engine(model, 3, 256, 16, Runtime(graphs=True), kinds)
+    assert not engine.cache.keys.any(), "capturing writes nothing"
+    engine.cache.keys.normal_()
+    engine.cache.values.normal_()
+    engine.cache.commit([20, 40, 60])
+    runner = engine.runner
+    for rows, tokens, picks, place in REPLAYS:
+        ids, positions = (torch.randint(high, (len(rows), tokens), device=DEVICE) for high in (VOCABULARY, 500))
+        window = engine.cache.window(tokens, rows, **place)
+        mask = torch.rand(len(rows), tokens, window.width, device=DEVICE) < 0.5
+        at = torch.randint(tokens, (len(rows), picks), device=DEVICE) if picks else None
+        seen, keys = [], engine.cache.keys.clone()
+        for engine.runner in (None, runner):
+            engine.cache.keys.copy_(keys)
+            seen.append(engine.forward(ids, positions, window, mask, logits_at=at).clone())
+            seen.append(engine.cache.keys.clone())
+        width = 0 if window.plain else window.width
+        assert Shape(len(rows), tokens, picks=picks, width=width) in runner.captured
+        assert torch.equal(seen[2], seen[0])
+        assert torch.equal(seen[3], seen[1])
+
+
+def weights_are_held_once(model, fast: FastForward):
+    """Fusing changes no weight and copies none."""
+    held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    for layer in fast.layers:
+        assert layer.qkv.untyped_storage().data_ptr() in held
+        assert layer.out.untyped_storage().data_ptr() in held
+    assert fast.current()
+    model.double()
+    assert not fast.current(), "the weights were cast since"
+
+
+def refusals_say_why(kind: type[FastForward], model):
+    """``model`` is served where kernels run, its float16 twin nowhere."""
+    if not ops.available(DEVICE):
+        assert "CUDA" in kind.unsupported(model)
+    else:
+        assert kind.unsupported(model) is None
+        assert "float16" in kind.unsupported(model.half())
