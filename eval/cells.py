@@ -45,18 +45,19 @@ class Bench:
         self.lm.use(setting.decoder, setting.preset, **setting.options)
         self.lm.keep(self.folder / "predictions" / key, resume=True)
         samples = self._evaluate(asked, self.grid.problems)
-        if samples is None:
-            return None
-        records = {r["doc"]: r for r in sorted(self.lm.spent, key=lambda r: r["key"])}
+        records, lossless = {r["doc"]: r for r in sorted(self.lm.spent, key=lambda r: r["key"])}, self.lm.lossless
         if setting.name == self.grid.baseline:
             self._baselines[asked.task] = {doc: r["ids"] for doc, r in records.items()}
-        baseline = self._baseline(asked)
+        estimators = {}
+        if self.grid.calibrate and any(r["verified"] for r in records.values()):
+            estimators = self._estimators(setting, asked)  # every process takes part
+        if samples is None:
+            return None
         cell = {"key": key, **described(setting, asked), **judged(samples, asked, records), **spent(records)}
-        cell |= traced(records, baseline) | {"lossless": self.lm.lossless, "where": self._where()}
+        cell |= traced(records, self._baseline(asked)) | {"lossless": lossless, "where": self._where()}
+        cell["calibration"] |= estimators
         kept = cell["docs"][: self.grid.replays]
         cell["replay"] = {str(d): self._replay(records[d], samples, d) for d in kept if d in records}
-        if self.grid.calibrate and cell["calibration"]["accepted"]:
-            cell["calibration"] |= self._estimators(setting, asked)
         return cell
 
     def _evaluate(self, asked: Asked, problems: int | None) -> list[dict] | None:
@@ -97,7 +98,7 @@ class Bench:
         return self._baselines[asked.task]
 
     def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
-        """Bins of every acceptance estimator, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
+        """Bins of every acceptance estimator on this process's share, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
         self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
         self.lm.judge = recorder = calibration.Recorder()
         self.lm.keep(None, resume=False)

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "--baseline", help="the setting that the others are compared with; default: the grid's, or the first"
     )
     flags.add_argument("--only", help="of the grid only settings that this regular expression finds, and the baseline")
-    flags.add_argument("--output", help="folder of the results; default: results/NAME")
+    flags.add_argument("--output", help="folder of the results, one a machine; default: results/NAME")
     flags.add_argument("--batch_size", type=int, help="texts in flight; default: the grid's")
     flags.add_argument("--dtype", help="auto, float32, bfloat16, ...; default: the grid's")
     flags.add_argument("--device", default="auto")

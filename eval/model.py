@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from eval.families import decoder_in_file, family_named, family_of_checkpoint, family_of_class, split_target
 from eval.store import Store, trace_of
@@ -171,22 +173,21 @@ class DraftAndVerifyLM(TemplateLM):
             return records
         prompts = [self._fit(self.tok_encode(todo[key].args[0]), options) for key in keys]
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
+        about = {"process": self._rank, "call": call}
+        with tqdm(total=len(keys), unit="text", desc=self.decoder_name, disable=self._rank > 0) as bar:
 
-        def keep(key: str, record: dict) -> None:
-            about = {
-                "key": key,
-                "task": todo[key].task_name,
-                "doc": todo[key].doc_id,
-                "process": self._rank,
-                "call": call,
-            }
-            records[key] = {**about, **record, "at": time.perf_counter() - began}
-            self._store.append(records[key])
+            def keep(key: str, record: dict) -> None:
+                place = {"key": key, "task": todo[key].task_name, "doc": todo[key].doc_id}
+                records[key] = {**place, **about, **record, "at": time.perf_counter() - began}
+                self._store.append(records[key])
+                bar.update()
 
-        if self._user_generate:
-            for key, record in self._call_user(keys, prompts, options, stop):
-                keep(key, record)
-            return records
+            decode = self._decode_by_user if self._user_generate else self._decode_here
+            decode(keys, prompts, options, stop, keep)
+        return records
+
+    def _decode_here(self, keys, prompts, options, stop: list[str], keep: Callable[[str, dict], None]) -> None:
+        """Texts of the chosen decoder, kept as they finish."""
         numbers = [int(key[:14], 16) for key in keys]  # randomness belongs to the request, not to its place in a batch
         by_number = dict(zip(numbers, keys, strict=True))
         output = self._decoder.generate(
@@ -195,7 +196,6 @@ class DraftAndVerifyLM(TemplateLM):
             on_finish=lambda completion: keep(by_number[completion.request], self._record(completion)),
         )  # fmt: skip
         self.lossless = (output.lossless, output.lossless_reason)
-        return records
 
     def _record(self, completion: Completion) -> dict:
         """A finished text as the store keeps it."""
@@ -203,7 +203,7 @@ class DraftAndVerifyLM(TemplateLM):
                   "seconds": completion.seconds}  # fmt: skip
         return {**record, **trace_of(completion)} if self._traces else record
 
-    def _call_user(self, keys, prompts, options: dict, stop: list[str]):
+    def _decode_by_user(self, keys, prompts, options: dict, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eot_token_id
         for at in range(0, len(keys), self.batch_size):
@@ -218,10 +218,8 @@ class DraftAndVerifyLM(TemplateLM):
             for key, row in zip(keys[at : at + self.batch_size], rows, strict=True):
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
                 ends = [text.find(s) for s in stop if s in text]
-                yield (
-                    key,
-                    {"text": text[: min(ends)] if ends else text, "tokens": len(row), "forwards": {}, "seconds": None},
-                )
+                text = text[: min(ends)] if ends else text
+                keep(key, {"text": text, "tokens": len(row), "forwards": {}, "seconds": None})
 
     def _fit(self, ids: list[int], options) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""

@@ -115,17 +115,44 @@ function mount(page, data) {
   const unique = (values) => [...new Set(values)];
   const named = (row) => (many ? `${row.family}: ${row.setting}` : row.setting);
   const many = unique(data.rows.map((r) => r.family)).length > 1;
-  mountTable(data, { make, find, fill, unique, named, many });
-  mountReplay(data, { make, find, fill, unique, named, many });
+  mountTable(data, { make, find, fill, unique, named });
+  mountReplay(data, { make, find, fill, unique, named });
 }
 
-function mountTable(data, { make, find, fill, unique, named, many }) {
-  const rival = () => data.rows.find((r) => r.task === find("task").value && named(r) === find("against").value);
+/** Accuracy with its interval, on a scale that begins at the lowest of the task. */
+function accuracyCell(make, rows, row) {
+  const floor = Math.min(...rows.map((r) => r.low));
+  const scale = (x) => `${Math.max(0, Math.min(100, ((x - floor) / (1 - floor)) * 100))}%`;
+  const bar = make("span", { class: "interval" },
+    make("i", { style: `left:${scale(row.low)};right:calc(100% - ${scale(row.high)})` }),
+    make("b", { style: `left:${scale(row.accuracy)}` }));
+  const title = `95 % interval ${(100 * row.low).toFixed(1)} to ${(100 * row.high).toFixed(1)}`;
+  return make("td", { class: "number", title }, make("span", { text: (100 * row.accuracy).toFixed(1) }), bar);
+}
+
+/** Forwards per token with a bar of their kinds, as wide as the dearest of the task. */
+function forwardsCell(make, rows, row) {
+  const widest = Math.max(...rows.map((r) => r.forwards_per_token));
+  const kinds = Object.entries(row.by_kind);
+  const parts = kinds.map(([kind, n]) => make("i", { class: kind, style: `width:${(100 * n) / widest}%` }));
+  const title = kinds.map(([kind, n]) => `${kind} ${n.toFixed(3)}`).join(", ");
+  const bar = make("span", { class: "kinds" }, ...parts);
+  return make("td", { class: "number", title }, make("span", { text: row.forwards_per_token.toFixed(3) }), bar);
+}
+
+/** A number with so many digits, or nothing. */
+function plainCell(make, value, digits) {
+  return make("td", { class: "number", text: value === null || value === undefined ? "" : value.toFixed(digits) });
+}
+
+function mountTable(data, { make, find, fill, unique, named }) {
+  const ofTask = () => data.rows.filter((r) => r.task === find("task").value);
+  const rival = () => ofTask().find((r) => named(r) === find("against").value);
   const test = (row) => (rival() && rival() !== row ? mcnemar(row.solved, rival().solved) : null);
   const columns = [
     { title: "setting", of: (r) => named(r), cell: (r) => make("td", { class: "name", text: named(r) }) },
-    { title: "accuracy %", of: (r) => r.accuracy, cell: accuracyCell, down: true },
-    { title: "forwards / token", of: (r) => r.forwards_per_token, cell: forwardsCell },
+    { title: "accuracy %", of: (r) => r.accuracy, cell: (r) => accuracyCell(make, ofTask(), r), down: true },
+    { title: "forwards / token", of: (r) => r.forwards_per_token, cell: (r) => forwardsCell(make, ofTask(), r) },
     { title: "accepted / verify", of: (r) => r.accepted_per_verify, digits: 1, down: true },
     { title: "tokens/s", of: (r) => r.tokens_per_second, digits: 0, down: true },
     { title: "solves and the other does not", of: (r) => (test(r) || {}).better, digits: 0, down: true },
@@ -136,30 +163,9 @@ function mountTable(data, { make, find, fill, unique, named, many }) {
   ];
   let sorted = { column: columns[2], descending: false };
 
-  function accuracyCell(row) {
-    const scale = (x) => `${Math.max(0, Math.min(100, ((x - floor) / (1 - floor)) * 100))}%`;
-    const floor = Math.min(...data.rows.filter((r) => r.task === row.task).map((r) => r.low));
-    const bar = make("span", { class: "interval" }, make("i", { style: `left:${scale(row.low)};right:calc(100% - ${scale(row.high)})` }),
-      make("b", { style: `left:${scale(row.accuracy)}` }));
-    const title = `95 % interval ${(100 * row.low).toFixed(1)} to ${(100 * row.high).toFixed(1)}`;
-    return make("td", { class: "number", title }, make("span", { text: (100 * row.accuracy).toFixed(1) }), bar);
-  }
-
-  function forwardsCell(row) {
-    const widest = Math.max(...data.rows.filter((r) => r.task === row.task).map((r) => r.forwards_per_token));
-    const parts = Object.entries(row.by_kind).map(([kind, n]) => make("i", { class: kind, style: `width:${(100 * n) / widest}%` }));
-    const title = Object.entries(row.by_kind).map(([kind, n]) => `${kind} ${n.toFixed(3)}`).join(", ");
-    return make("td", { class: "number", title }, make("span", { text: row.forwards_per_token.toFixed(3) }), make("span", { class: "kinds" }, ...parts));
-  }
-
-  function plainCell(column, row) {
-    const value = column.of(row);
-    return make("td", { class: "number", text: value === null || value === undefined ? "" : value.toFixed(column.digits) });
-  }
-
   function draw() {
     const wanted = find("filter").value.toLowerCase();
-    const rows = data.rows.filter((r) => r.task === find("task").value && named(r).toLowerCase().includes(wanted));
+    const rows = ofTask().filter((r) => named(r).toLowerCase().includes(wanted));
     const head = columns.map((column) => make("th", {
       "aria-sort": column === sorted.column ? (sorted.descending ? "descending" : "ascending") : null,
       onclick: () => {
@@ -168,12 +174,12 @@ function mountTable(data, { make, find, fill, unique, named, many }) {
       },
     }, make("button", { type: "button", text: column.title })));
     const body = sortRows(rows, sorted.column.of, sorted.descending).map((row) =>
-      make("tr", { class: row === rival() ? "rival" : null }, ...columns.map((c) => (c.cell ? c.cell(row) : plainCell(c, row)))));
+      make("tr", { class: row === rival() ? "rival" : null }, ...columns.map((c) => (c.cell ? c.cell(row) : plainCell(make, c.of(row), c.digits)))));
     find("rows").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
   }
 
   function choose() {
-    const names = data.rows.filter((r) => r.task === find("task").value).map(named);
+    const names = ofTask().map(named);
     const first = data.rows.find((r) => r.setting === data.grid.baseline);
     fill(find("against"), names, names.includes(find("against").value) ? find("against").value : first ? named(first) : names[0]);
     draw();
@@ -185,35 +191,35 @@ function mountTable(data, { make, find, fill, unique, named, many }) {
   choose();
 }
 
-function mountReplay(data, { make, find, fill, unique, many }) {
+/** One decode as it stands after so many forwards. */
+function drawDecode({ make, find }, side, replay, frames, now) {
+  const done = framesDone(frames, now);
+  const tokens = tokensAfter(replay, frames, done);
+  const text = tokens.map((t, at) => make("span", {
+    class: t ? `token ${t.by}${t.fresh ? " fresh" : ""}` : "token masked",
+    title: t ? `${t.by}${t.confidence === null ? "" : `, confidence ${t.confidence}`}, position ${at}` : `position ${at}`,
+    text: t ? t.piece : "▒",
+  }));
+  const frame = done ? frames[done - 1] : null;
+  const known = tokens.filter(Boolean).length;
+  const spent = frame ? frame.forwards : 0;
+  const verify = frame && frame.verify ? `, verified ${frame.verify[0]}, accepted ${frame.verify[1]}` : "";
+  find(`${side}-text`).replaceChildren(...text);
+  find(`${side}-count`).textContent = `${known} of ${tokens.length} tokens after ${spent} of ${frames.length ? frames[frames.length - 1].forwards : 0} forwards${verify}`;
+  find(`${side}-verdict`).textContent = done === frames.length ? (replay.solved ? "solved" : "not solved") : "";
+}
+
+function mountReplay(data, { make, find, fill, unique, named }) {
   const state = { now: 0, playing: false, timer: null };
-  const label = (r) => (many ? `${r.family}: ${r.setting}` : r.setting);
   const offered = () => data.replays.filter((r) => r.task === find("replay-task").value && String(r.doc) === find("replay-doc").value);
   const sides = () => ["left", "right"].map((side) => {
-    const replay = offered().find((r) => label(r) === find(`replay-${side}`).value);
+    const replay = offered().find((r) => named(r) === find(`replay-${side}`).value);
     return replay ? { side, replay, frames: framesOf(replay) } : null;
   }).filter(Boolean);
   const end = () => Math.max(0, ...sides().flatMap((s) => s.frames.map((f) => f.forwards)));
 
-  function drawSide({ side, replay, frames }) {
-    const done = framesDone(frames, state.now);
-    const tokens = tokensAfter(replay, frames, done);
-    const text = tokens.map((t, at) => make("span", {
-      class: t ? `token ${t.by}${t.fresh ? " fresh" : ""}` : "token masked",
-      title: t ? `${t.by}${t.confidence === null ? "" : `, confidence ${t.confidence}`}, position ${at}` : `position ${at}`,
-      text: t ? t.piece : "▒",
-    }));
-    const frame = done ? frames[done - 1] : null;
-    const known = tokens.filter(Boolean).length;
-    const spent = frame ? frame.forwards : 0;
-    const verify = frame && frame.verify ? `, verified ${frame.verify[0]}, accepted ${frame.verify[1]}` : "";
-    find(`${side}-text`).replaceChildren(...text);
-    find(`${side}-count`).textContent = `${known} of ${tokens.length} tokens after ${spent} of ${frames.length ? frames[frames.length - 1].forwards : 0} forwards${verify}`;
-    find(`${side}-verdict`).textContent = done === frames.length ? (replay.solved ? "solved" : "not solved") : "";
-  }
-
   function draw() {
-    sides().forEach(drawSide);
+    for (const { side, replay, frames } of sides()) drawDecode({ make, find }, side, replay, frames, state.now);
     find("clock").max = end();
     find("clock").value = state.now;
     find("time").textContent = `${state.now} / ${end()} forwards`;
@@ -236,7 +242,8 @@ function mountReplay(data, { make, find, fill, unique, many }) {
 
   function move(direction) {
     pause();
-    state.now = nextMoment(sides().map((s) => s.frames), state.now, direction);
+    const over = direction > 0 && state.now >= end();
+    state.now = over ? 0 : nextMoment(sides().map((s) => s.frames), state.now, direction);
     draw();
   }
 
@@ -249,10 +256,10 @@ function mountReplay(data, { make, find, fill, unique, many }) {
   }
 
   function choose() {
-    const names = offered().map(label);
+    const names = offered().map(named);
     const keep = (side, fallback) => (names.includes(find(`replay-${side}`).value) ? find(`replay-${side}`).value : fallback);
-    const verifies = offered().filter((r) => r.verified.length).map(label);
-    const plain = offered().filter((r) => !r.verified.length && r.setting !== data.grid.baseline).map(label);
+    const verifies = offered().filter((r) => r.verified.length).map(named);
+    const plain = offered().filter((r) => !r.verified.length && r.setting !== data.grid.baseline).map(named);
     fill(find("replay-left"), names, keep("left", plain[plain.length - 1] || names[0]));
     fill(find("replay-right"), names, keep("right", verifies[verifies.length - 1] || names[names.length - 1]));
     start();

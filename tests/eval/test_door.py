@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import math
 import sys
@@ -248,3 +249,8 @@ def test_public_code_tasks_are_judged_here(monkeypatch):
     good, bad = "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return a - b\n"
     assert humaneval.pass_at_k(["assert add(2, 3) == 5"], [[good]], k=[1]) == {"pass@1": 1.0}
     assert mbpp.pass_at_1(["assert add(2, 3) == 5"], [[bad]]) == 0.0
+
+
+def test_lm_eval_can_find_the_model_by_its_entry_point():
+    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="dllm")
+    assert entry.load() is DraftAndVerifyLM

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from eval import endurance
 
@@ -17,13 +18,17 @@ def test_three_kills():
     assert any(r["alive"] for r in found)
 
 
-def test_two_processes_give_the_table_of_one(tmp_path):
-    """Five problems, so that lm-eval pads one process's share; gloo, on CPUs."""
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("auto", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_two_processes_give_the_table_of_one(device, tmp_path):
+    """Five problems, so that lm-eval pads one process's share. What processes tell each other goes through gloo."""
     script = tmp_path / "run.py"
     script.write_text("import sys\nfrom eval.endurance import run_cli\nrun_cli(sys.argv[1:])\n")
     found = []
     for processes in (1, 2):
-        flags = endurance.command("instructions", 5, tmp_path / str(processes))
+        flags = endurance.command("instructions", 5, tmp_path / str(processes), device)
         launcher = (
             ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
         )
