@@ -18,44 +18,35 @@ from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM, previous_row
 from fast_dllm_v2.options import Cache, Options, StandardOptions
 from fast_dllm_v2.rows import Rows
 from shared import masks
-from shared.batch import Finished
+from shared import run as shared_run
+from shared.batch import Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
 from shared.draft import Choice, Draft, How
-from shared.engine import Engine
+from shared.engine import Engine, Inputs
 from shared.errors import UserError
 from shared.graphs import Shape
-from shared.options import Acceptance
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
-from shared.routing import Never, Policy, make_policy
-from shared.sampling import GREEDY_BELOW, sample
+from shared.routing import Never, make_policy
+from shared.run import Judged, Verified, View, draft_of, judged
+from shared.sampling import GREEDY_BELOW
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
-from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
+from shared.verify import Verdict, judge, losslessness, verified_choice
 
 
 @dataclass
-class Run:
-    """One decode in progress: the model, its options (resolved), and what the rows share."""
+class Run(shared_run.Run):
+    """One decode of this family in progress."""
 
-    model: Fast_dLLM_QwenForCausalLM
-    options: StandardOptions
     batch: Rows
-    engine: Engine
-    policy: Policy
-    judge: Callable[..., Verdict]
-    causal_rows: Tensor  # [rows]: leading rows of each row's block that draft_ver has made causal
-    next_token: Tensor  # [rows]: what the last verify predicts after the block's end (reuse_verify)
-    prefill_seconds: float = 0.0
+    causal_rows: Tensor | None = None  # [rows]: leading rows of each row's block that draft_ver has made causal
+    next_token: Tensor | None = None  # [rows]: what the last verify predicts after the block's end (reuse_verify)
 
     @property
     def cache_options(self) -> Cache:
         return getattr(self.options, "cache", Cache())
-
-    @property
-    def acceptance(self) -> Acceptance:
-        return getattr(self.options, "acceptance", Acceptance())
 
     @property
     def reuse_verify(self) -> bool:
@@ -65,17 +56,6 @@ class Run:
             and self.cache_options.cache_ver
             and not self.options.block_cache.use_block_cache
         )
-
-    def forward(
-        self, kind: str, rows: Sequence[int], ids: Tensor, positions: Tensor, mask, logits_at, **place
-    ) -> Tensor:
-        """One pass over ``ids [b, T]`` of ``rows``; logits with the mask token ruled out unless the options allow it."""
-        self.batch.count(kind, rows)
-        window = self.engine.cache.window(ids.shape[1], rows, **place)
-        logits = self.engine.forward(ids, positions, window, mask, logits_at=logits_at)
-        if self.options.sampling.suppress_mask:
-            logits[..., self.batch.mask_id] = float("-inf")
-        return logits
 
 
 @torch.inference_mode()
@@ -116,12 +96,10 @@ def decode(
         ended = prefill(run, stops, on_block)
         rows = [i for i in run.batch.active if i not in ended]
         if rows:
-            draft = propose(run, rows)
-            picked = route(run, draft)
-            choice, reach, finite = verify(run, rows, draft, picked)
-            unmask(run, draft, choice)
-            run.policy.observe(draft, reach > 0, choice.count)
-            ended += settle(run, run.batch.write(rows, draft, choice, reach, finite), stops, on_block)
+            draft, wish = propose(run, rows)
+            picked = route(run, rows, wish)
+            verified = verify(run, rows, draft, picked)
+            ended += advance(run, settle(run, rows, draft, verified), stops, on_block)
         for i in ended:
             position = run.batch.rows[i].position
             done[position] = completion = stops.cut(run.batch.retire(i, options.blocks, text_of))
@@ -137,31 +115,31 @@ def decode(
 
 
 def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
-    """Allocate the batch, the cache and the policy's state for ``rows`` rows."""
+    """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
     blocks, device = options.blocks, model.device
-    small = blocks.small_block_length
+    length, small = blocks.block_length, blocks.small_block_length
+    # Whole blocks, the token after the last, and the small block it begins; a verify beside a block cache is written behind the block.
+    furthest = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length) + length
+    slots = furthest + length * options.block_cache.use_block_cache
+    engine = Engine.of(model, rows, slots, length, options.runtime, forward_kinds(options))
+    allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = small * (small + 1) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += small * (small + 3) // 2 if isinstance(options, Options) else 0
     most = max(per_block * (blocks.max_new_tokens // small + 2), 1)
     numbers = most if uniforms is None else max(map(len, uniforms), default=1)
-    batch = Rows(
-        prompts,
-        blocks,
-        requests=requests,
-        rows=rows,
-        device=device,
-        uniforms=Uniforms(rows, numbers, seed=seed, device=device, recorded=uniforms),
-    )
+    room = per_block * (slots // small + 2)
+    source = Uniforms(allocated, numbers, seed=seed, device=device, recorded=uniforms, room=room)
+    batch = Rows(prompts, blocks, requests=requests, rows=rows, device=device, uniforms=source, room=(allocated, slots))
     policy = Never()
     if isinstance(options, Options):
         policy = make_policy(
-            options.routing, options.bandit, options.estimation, options.unmask, rows=rows, device=device
+            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
         )
-    zeros = torch.zeros(rows, dtype=torch.long, device=device)
-    # A verify beside a block cache is written behind the block.
-    slots = batch.capacity + blocks.block_length * options.block_cache.use_block_cache
-    engine = Engine.of(model, rows, slots, blocks.block_length, options.runtime, forward_kinds(options))
-    return Run(model, options, batch, engine, policy, judge, zeros, zeros.clone())
+    zeros = torch.zeros(allocated, dtype=torch.long, device=device)
+    new = Run(model, options, batch, engine, policy, judge, causal_rows=zeros, next_token=zeros.clone())
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    new.phase = engine.phases_for(constants, [new, batch, source, policy])
+    return new
 
 
 def forward_kinds(options: StandardOptions) -> list[Shape]:
@@ -212,7 +190,8 @@ def prefill(run: Run, stops: StopStrings, on_block) -> list[int]:
         positions = torch.arange(tokens, device=device).expand_as(ids)
         last = batch.index(list(encoded.values()))[:, None] - 1
         # Shorter rows are padded with what follows their blocks: later tokens, which earlier ones never see.
-        logits = run.forward("prefill", list(encoded), ids, positions, mask, last)
+        inputs = Inputs(ids, positions, index, mask, logits_at=last)
+        logits = run.rule_out(run.forward("prefill", list(encoded), inputs, tokens))
         run.engine.cache.commit(list(encoded.values()), list(encoded))
         token = logits[:, 0].argmax(-1)
         run.prefill_seconds += time.perf_counter() - began
@@ -222,117 +201,143 @@ def prefill(run: Run, stops: StopStrings, on_block) -> list[int]:
             for f in filled:
                 if f.last:
                     on_block(batch.rows[f.row].request, batch.new_tokens(f.row, run.options.blocks))
-        ended = [f.row for f in filled if f.last] + settle(run, [f for f in filled if not f.last], stops, on_block)
+        ended = [f.row for f in filled if f.last] + advance(run, [f for f in filled if not f.last], stops, on_block)
     else:
         ended = []
     return ended + [i for i in rows if i not in ended and batch.rows[i].start >= batch.rows[i].total]
 
 
-def propose(run: Run, rows: list[int]) -> Draft:
-    """Denoise the current small block of ``rows`` once and take a token and its confidence at every position.
+def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
+    """Denoise the current small block of ``rows`` once: a draft, and whether the policy wants it verified, ``[b]`` (None: that never depends).
 
     The forward covers the whole block; with the block cache it covers the small block alone once that has begun.
     """
-    batch, sampling = run.batch, run.options.sampling
-    index = batch.index(rows)
-    block = batch.block(index)
-    masked = block == batch.mask_id
-    within, mask = [False] * len(rows), None
-    if run.options.block_cache.use_block_cache:
-        began = (~masked[:, 0]).tolist()
-        within = [b and batch.rows[i].block_cached for b, i in zip(began, rows, strict=True)]
-    if run.cache_options.draft_ver:
-        known = masked.int().argmax(-1)
-        known = known + batch.offset(index) if run.cache_options.draft_ver_rows == "block" else known
+    batch = run.batch
+    apart = run.options.block_cache.use_block_cache
+    within = [apart and i in batch.begun and batch.rows[i].block_cached for i in rows]
+    if len(set(within)) == 1:
+        view = run.phase(draft_inputs, run, batch.index(rows), within[0])
+        return run.phase(drafted, run, view, draft_forward(run, rows, view, within[0]))
+    logits = None
+    for inside in (False, True):
+        chosen = [k for k, w in enumerate(within) if w == inside]
+        these = [rows[k] for k in chosen]
+        view = run.phase(draft_inputs, run, batch.index(these), inside)
+        found = draft_forward(run, these, view, inside)
+        logits = found.new_empty(len(rows), *found.shape[1:]) if logits is None else logits
+        logits[batch.index(chosen)] = found
+    return run.phase(drafted, run, run.phase(block_view, run, batch.index(rows)), logits)
+
+
+def block_view(run: Run, index: Tensor) -> View:
+    """The small blocks of rows ``index [b]``."""
+    block = run.batch.block(index)
+    return View(index, block, block == run.batch.mask_id)
+
+
+def draft_inputs(run: Run, index: Tensor, within: bool) -> View:
+    """The small blocks of rows ``index [b]``, and the inputs of a draft: their whole blocks, or ``within`` these the small ones alone.
+
+    A draft within sees the keys that the block's other positions were last given.
+    """
+    batch, view, options = run.batch, block_view(run, index), run.cache_options
+    mask = None
+    if options.draft_ver:
+        known = view.masked.int().argmax(-1)
+        known = known + batch.offset(index) if options.draft_ver_rows == "block" else known
         run.causal_rows[index] = torch.maximum(run.causal_rows[index], known)
         mask = masks.causal_until(run.causal_rows[index], batch.window)
-    if any(within) and not all(within):
-        logits = draft_both(run, rows, within, mask)
+    if within:
+        at = previous_row(torch.arange(batch.block_length, device=index.device)).expand(len(index), -1)
+        ids, positions, offset = view.block, batch.positions(index), batch.offset(index)
+        inputs = Inputs(ids, positions, index, logits_at=at, offset=offset, width=batch.window)
     else:
-        logits = (draft_within if within[0] else draft_whole)(run, rows, mask)
-    uniform = None
-    if sampling.temperature >= GREEDY_BELOW:
-        uniform = batch.uniforms.take(index, batch.block_length, batch.block_length)
-    tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    entry = torch.arange(len(rows), device=index.device)
-    return Draft(index, block, masked, tokens, confidence, logits, entry, (~masked).sum(-1), sampling)
+        inputs = Inputs(*batch.whole(index), index, mask, logits_at=previous_row(batch.places(index)))
+    return replace(view, staged=run.engine.stage(inputs))
 
 
-def draft_both(run: Run, rows: list[int], within: list[bool], mask: Tensor | None) -> Tensor:
-    """Logits ``[b, small, V]`` of rows some of which draft ``within`` their small blocks; copied, as the second forward may overwrite the first one's."""
-    logits = None
-    for inside, draft in ((False, draft_whole), (True, draft_within)):
-        chosen = [k for k, w in enumerate(within) if w == inside]
-        found = draft(run, [rows[k] for k in chosen], None if mask is None else mask[chosen])
-        logits = found.new_empty(len(rows), *found.shape[1:]) if logits is None else logits
-        logits[chosen] = found
-    return logits
-
-
-def draft_whole(run: Run, rows: list[int], mask: Tensor | None) -> Tensor:
-    """Logits ``[b, small, V]`` of the current small blocks from a forward over their whole blocks."""
+def draft_forward(run: Run, rows: list[int], view: View, within: bool) -> Tensor:
+    """Logits ``[b, small, V]`` of a draft."""
     batch = run.batch
-    ids, positions = batch.whole(batch.index(rows))
-    at = previous_row(batch.places(batch.index(rows)))
+    if within:
+        place = {"offset": [batch.rows[i].start % batch.window for i in rows], "width": batch.window}
+        return run.forward("draft", rows, view.staged, batch.block_length, **place)
     for i in rows:
         batch.rows[i].block_cached = True
-    return run.forward("draft", rows, ids, positions, mask, at)
+    return run.forward("draft", rows, view.staged, batch.window)
 
 
-def draft_within(run: Run, rows: list[int], mask: Tensor | None) -> Tensor:
-    """The same from a forward over the small blocks alone, which sees the keys the block's other positions were last given."""
+def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
+    """A token and its confidence at every position, and the policy's decision where somebody has to read it."""
+    draft = draft_of(run, view, logits)
+    draft = replace(draft, decoded=(~draft.masked).sum(-1))
+    decision = run.policy.decide(draft)
+    return draft, decision if run.policy.constant is None else None
+
+
+def route(run: Run, rows: list[int], wish: Tensor | None) -> list[int]:
+    """Which rows of the draft to verify. One read; none when the answer does not depend on the draft."""
+    if wish is None:
+        return list(range(len(rows))) if run.policy.constant else []
+    return [k for k, verify in enumerate(wish.tolist()) if verify]
+
+
+def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> Verified | None:
+    """Verify the first masked span of the picked rows in one causal forward from the block's start to the small block's end (S2D2)."""
+    if not picked:
+        return None
+    batch, apart = run.batch, run.options.block_cache.use_block_cache
+    these = [rows[k] for k in picked]
+    tokens = max(batch.rows[i].start % batch.window for i in these) + batch.block_length
+    index = None if len(picked) == len(rows) else batch.index(picked)
+    queries, staged = run.phase(verify_inputs, run, draft, index, tokens)
+    place = {"offset": batch.window} if apart else {}
+    return Verified(index, queries, run.forward("verify", these, staged, tokens, **place))
+
+
+def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int):
+    """``(queries [v, small], inputs)`` of a verify over the first ``tokens`` of the block. Beside a block cache it is written behind the block, unseen."""
     batch = run.batch
-    index = batch.index(rows)
-    at = previous_row(torch.arange(batch.block_length, device=index.device)).expand(len(rows), -1)
-    offsets = [batch.rows[i].start % batch.window for i in rows]
-    place = {"offset": offsets, "width": batch.window}
-    return run.forward("draft", rows, batch.block(index), batch.positions(index), None, at, **place)
-
-
-def route(run: Run, draft: Draft) -> list[int]:
-    """Ask the policy which rows of the draft to verify. One read; none when the answer does not depend on the draft."""
-    if run.policy.constant is not None:
-        return list(range(len(draft.rows))) if run.policy.constant else []
-    return run.policy.decide(draft).nonzero()[:, 0].tolist()
-
-
-def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> tuple[Choice, Tensor, Tensor]:
-    """Verify the first masked span of the picked rows in one causal forward from the block's start to the small block's end (S2D2).
-
-    Returns the choice so far, ``reach [b]``: how many tokens of each row's small block that forward saw (0: row not verified), and ``finite
-    [b]``: were its logits numbers?
-    """
-    choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
-    finite = torch.ones_like(draft.rows, dtype=torch.bool)
-    if picked:
-        batch, options, small = run.batch, run.options, run.batch.block_length
-        index = batch.index(picked)
-        part = draft if len(picked) == len(rows) else draft.select(index)
-        these = [rows[k] for k in picked]
-        tokens = max(batch.rows[i].start % batch.window for i in these) + small
-        ids, positions = batch.whole(part.rows)
-        places = batch.places(part.rows)
-        ids = ids.scatter(1, places, torch.where(part.masked, part.tokens, part.block))
-        at = previous_row(places)
+    part = draft if index is None else draft.select(index)
+    (ids, positions), places = batch.whole(part.rows), batch.places(part.rows)
+    ids = ids.scatter(1, places, torch.where(part.masked, part.tokens, part.block))
+    at = previous_row(places)
+    if run.reuse_verify:
         at = torch.cat([at, torch.full_like(at[:, :1], tokens - 1)], 1)
-        mask, offset = masks.token_causal(tokens, ids.device), 0
-        if options.block_cache.use_block_cache:
-            mask, offset = (
-                torch.cat([torch.zeros(tokens, batch.window, dtype=torch.bool, device=ids.device), mask], 1),
-                batch.window,
-            )
-        logits = run.forward("verify", these, ids[:, :tokens], positions[:, :tokens], mask, at, offset=offset)
-        run.next_token[part.rows] = logits[:, -1].argmax(-1)
-        queries = torch.arange(small, device=ids.device).expand(len(picked), -1)
-        # A rejection is replaced from the residual against what was really drafted from, whatever the verifier's temperature.
-        drafted = replace(part, sampling=replace(options.sampling, verify_temperature=None))
-        verdict = run.judge(drafted, logits[:, :small], queries, options.acceptance, options.sampling, batch.uniforms)
-        finite[index] = verdict.finite
-        choice.put(index, verified_choice(part, verdict, options.acceptance, keep_rejected=False))
-        reach[index] = small
-    if run.acceptance.always_check_high_confidence:
-        take_confident(choice, draft, run.options.unmask)
-    return choice, reach, finite
+    inputs = Inputs(
+        ids[:, :tokens], positions[:, :tokens], part.rows, masks.token_causal(tokens, ids.device), logits_at=at
+    )
+    if run.options.block_cache.use_block_cache:
+        unseen = torch.zeros(tokens, batch.window, dtype=torch.bool, device=ids.device)
+        offset = torch.full_like(part.rows, batch.window)
+        inputs = replace(inputs, mask=torch.cat([unseen, inputs.mask], 1), offset=offset, width=batch.window + tokens)
+    queries = torch.arange(batch.block_length, device=ids.device).expand(len(part.rows), -1)
+    return queries, run.engine.stage(inputs)
+
+
+def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
+    """Decide the step, and read which small blocks are finished."""
+    return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+
+
+def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
+    """What the step writes: the verified prefix, or where nothing was verified what the threshold takes. Returns what `Rows.settle` reads."""
+    choice, reach, finite = judged(run, draft, verified, verdict_on)
+    unmask(run, draft, choice)
+    run.policy.observe(draft, reach > 0, choice.count)
+    return run.batch.record(draft, choice, reach, finite)
+
+
+def verdict_on(run: Run, draft: Draft, verified: Verified) -> Judged:
+    """What a causal verify decides for a draft all of whose rows were verified; it also predicts the token that follows the block."""
+    options, small, logits = run.options, run.batch.block_length, run.rule_out(verified.logits)
+    run.next_token[draft.rows] = logits[:, -1].argmax(-1)
+    # A rejection is replaced from the residual against what was really drafted from, whatever the verifier's temperature.
+    drafted = replace(draft, sampling=replace(options.sampling, verify_temperature=None))
+    source = run.batch.uniforms
+    verdict = run.judge(drafted, logits[:, :small], verified.queries, options.acceptance, options.sampling, source)
+    choice = verified_choice(draft, verdict, options.acceptance, keep_rejected=False)
+    return choice, torch.full_like(draft.rows, small), verdict.finite
 
 
 def unmask(run: Run, draft: Draft, choice: Choice) -> None:
@@ -343,7 +348,7 @@ def unmask(run: Run, draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED)
 
 
-def settle(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:
+def advance(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:
     """Move the rows of finished small blocks on, committing blocks at their ends; returns the rows whose text has ended.
 
     The token after a commit may complete a small block of one, so this repeats until no row is complete.
@@ -397,7 +402,8 @@ def commit(run: Run, keep: list[Finished]) -> Tensor:
         ids, positions = batch.whole(batch.index(rows))
         mask = masks.token_causal(length, ids.device) if run.cache_options.cache_ver else None
         at = torch.full_like(ids[:, :1], length - 1)
-        token[now] = run.forward("commit", rows, ids, positions, mask, at)[:, 0].argmax(-1)
+        inputs = Inputs(ids, positions, batch.index(rows), mask, logits_at=at)
+        token[now] = run.rule_out(run.forward("commit", rows, inputs, length))[:, 0].argmax(-1)
     rows = [f.row for f in keep]
     run.engine.cache.commit([length] * len(rows), rows)
     run.causal_rows[rows] = 0

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fast_dllm_v2.options import Blocks
-from shared.batch import Batch, Finished, Row
-from shared.draft import Draft, How
+from shared.batch import Batch, Finished, Row, whole_blocks
+from shared.draft import Choice, Draft, How
 
 
 class Rows(Batch):
@@ -17,6 +17,7 @@ class Rows(Batch):
 
     def __init__(self, prompts: Sequence[Sequence[int]], blocks: Blocks, **common):
         self._ends: dict[int, int] = {}  # of texts that ended with the token after a block
+        self.begun: set[int] = set()  # rows whose current small block has its first token
         self.window, self.rounded = blocks.block_length, blocks.round_to_blocks
         super().__init__(
             prompts,
@@ -37,12 +38,35 @@ class Rows(Batch):
     def _capacity(self, prompts: Sequence[Sequence[int]]) -> int:
         """Room for whole blocks, and for the token after the last."""
         furthest = max(max(self._total(len(p)), len(p)) for p in prompts) + 1
-        return -(-furthest // self.window) * self.window
+        return whole_blocks(furthest, self.window)
 
     def _left(self, draft: Draft, block: Tensor, stops: Tensor) -> Tensor:
         """What lies behind a stop token need not be decided."""
         before = stops.int().cumsum(-1) == 0
         return ((block == self.mask_id) & before).sum(-1)
+
+    def _place_request(self, i: int, position: int, request: int, prompt: list[int]) -> None:
+        super()._place_request(i, position, request, prompt)
+        self._begin(i)
+
+    def _begin(self, i: int) -> None:
+        """A small block starts afresh; part of it may be the prompt's."""
+        row = self.rows[i]
+        (self.begun.add if len(row.prompt) > row.start else self.begun.discard)(i)
+
+    def record(self, draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> Tensor:
+        """As `Batch.record`, with a column more: is the first token of the small block known?"""
+        known = ~draft.masked[:, 0] | choice.take[:, 0]
+        return torch.cat([super().record(draft, choice, reach, finite), known[:, None].long()], 1)
+
+    def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+        self.begun |= {i for i, (*_, known) in zip(rows, read, strict=True) if known}
+        return super().settle(rows, [four for *four, _ in read])
+
+    def advance(self, rows: Sequence[int]) -> None:
+        super().advance(rows)
+        for i in rows:
+            self._begin(i)
 
     def offset(self, rows: Tensor) -> Tensor:
         """``[b]``: where in its block the current small block of ``rows [b]`` begins."""
@@ -75,6 +99,7 @@ class Rows(Batch):
         for i, token in zip(rows, tokens.tolist(), strict=True):
             row = self.rows[i]
             row.iterations += 1
+            self.begun.add(i)
             last = token in self.stop_ids or row.start >= self._text_end(i) - 1
             if last:
                 self._ends[i] = row.start + 1

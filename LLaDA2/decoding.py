@@ -160,7 +160,8 @@ def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms
     blocks, editing, device = options.blocks, options.editing, model.device
     length = blocks.block_length
     capacity = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length)
-    engine = Engine.of(model, rows, capacity + length, length, options.runtime)
+    kinds = None if isinstance(options, StandardOptions) else ()  # a graph is of no use to forwards that grow
+    engine = Engine.of(model, rows, capacity + length, length, options.runtime, kinds)
     allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = length * (length + editing.max_post_steps) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0

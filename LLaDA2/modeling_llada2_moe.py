@@ -166,6 +166,7 @@ class LLaDA2MoeModelLM(CheckpointModel):
     """The network with its head. ``LLaDA2MoeModelLM.from_pretrained(path_or_hub_id)`` loads a released checkpoint."""
 
     config_class = LLaDA2MoeConfig
+    divides = False
 
     def __init__(self, config: LLaDA2MoeConfig):
         super().__init__()

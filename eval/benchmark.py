@@ -1,11 +1,13 @@
 """Speed of a family's forwards and decoders, next to what the machine allows.
 
 python -m eval.benchmark                                    # the shipped checkpoint, on what is here
+python -m eval.benchmark --family Fast-dLLM-v2              # that family's shipped checkpoint
 python -m eval.benchmark --shape sdar-8b --accept 5         # random weights of a named shape, acceptance by a script
+python -m eval.benchmark --shape llada2-mini --decodes false  # forwards alone
 python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"block_length": 16}'
 
 Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes. The floor of a forward is what its bytes or its
-operations take at those rates (`eval.roofline`); "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
+operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
 nothing, so `--accept N` keeps the first N tokens of every verified span whatever the verifier says; the acceptance rule still runs. A table for people,
 then one JSON line, always last.
 """
@@ -13,48 +15,26 @@ then one JSON line, always last.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import sdar
-from eval.roofline import Machine, dense_work, timed
-from sdar import SDARConfig, SDARForCausalLM, generate, generate_ssd_policy
+from eval.roofline import Machine, Touched, Work, expert_layers, expert_sizes, forward_work, timed, touched_experts
+from eval.subjects import SHAPES, SUBJECTS, Kind, Subject, named, random_model, subject_of
 from shared import masks
 from shared.engine import Engine
-from shared.errors import UserError, run_main
+from shared.errors import run_main
 from shared.hf_style import HFStyle
 from shared.loading import resolve_device, resolve_dtype
 from shared.options import Runtime
 from shared.output import Output
 from shared.verify import Verdict, judge
-
-_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rope_theta": 1e6, "mask_token_id": 151669}
-SHAPES = {
-    "sdar-1.7b": {**_QWEN3, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "sdar-4b": {**_QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    "sdar-8b": {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
-}  # fmt: skip
-
-
-def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> SDARForCausalLM:
-    """Random weights of a named shape, made on the device."""
-    with torch.device("meta"):
-        model = SDARForCausalLM(SDARConfig(**SHAPES[shape], max_position_embeddings=32768, eos_token_id=151643))
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            weight.fill_(1.0)
-        else:
-            weight.normal_(std=0.02)
-    return model
 
 
 def scripted(accept: int) -> Callable[..., Verdict]:
@@ -77,27 +57,32 @@ class Forwards:
         self.length, self.context = length, context
         self.rows: list[dict] = []
 
-    def measure(self, name: str, rows: int, *, tokens: int, mask, queries: int = 0, riders: bool = False) -> float:
-        """Milliseconds of one kind of forward at batch ``rows``; adds a line to the table."""
-        cache, device = self.engine.cache, self.model.device
+    def measure(self, kind: Kind, rows: int) -> float:
+        """Seconds of one kind of forward at batch ``rows``; adds a line to the table."""
+        cache, device, tokens = self.engine.cache, self.model.device, kind.tokens
         cache.reset(range(len(cache.lengths)))
         cache.commit([self.context] * rows, range(rows))
-        index = list(range(rows)) * (2 if riders else 1)
-        ahead = [tokens] * rows + [0] * rows if riders else None
-        window = cache.window(tokens, index, ahead=ahead)
+        index = list(range(rows)) * (2 if kind.riders else 1)
+        ahead = [tokens] * rows + [0] * rows if kind.riders else None
+        window = cache.window(tokens, index, ahead=ahead, offset=kind.offset, width=kind.width)
         inputs = [torch.randint(vocabulary(self.model), (len(index), tokens), device=device) for _ in range(8)]
-        positions = (window.prefix[:, None] + torch.arange(tokens, device=device)).clamp(
+        positions = (window.prefix[:, None] + kind.offset + torch.arange(tokens, device=device)).clamp(
             max=self.model.config.max_position_embeddings - 1
         )
-        at, turn = slice(tokens - queries, None) if queries else None, iter(range(1 << 30))
-        local = None if mask is None else mask.expand(len(index), -1, -1)
-        call = lambda: self.engine.forward(  # noqa: E731
-            inputs[next(turn) % 8], positions, window, local, leading=rows, logits_at=at
+        at = None if kind.picks is None else torch.tensor(list(kind.picks), device=device).expand(rows, -1)
+        local = None if kind.mask is None else kind.mask.expand(len(index), -1, -1)
+        how, turn = {"leading": rows, "logits_at": at}, iter(range(1 << 30))
+        seconds = timed(lambda: self.engine.forward(inputs[next(turn) % 8], positions, window, local, **how), device)
+        touched = touched_experts(self.model, [partial(self.model, i, positions, window, local, **how) for i in inputs])
+        work = forward_work(
+            self.model,
+            entries=len(index),
+            tokens=tokens,
+            logits=rows * kind.logits,
+            context=self.context,
+            touched=touched,
         )
-        seconds = timed(call, device)
-        logits = rows * (queries or tokens)
-        work = dense_work(self.model, entries=len(index), tokens=tokens, logits=logits, context=self.context)
-        self.add(f"{name}, {rows} x {tokens} tokens" + (" twice" if riders else ""), seconds, work.floor(self.machine))
+        self.add(f"{kind.name}, {rows} x {tokens} tokens" + (" twice" if kind.riders else ""), seconds, work, touched)
         return seconds
 
     def prefill(self, tokens: int) -> None:
@@ -109,16 +94,27 @@ class Forwards:
         mask, window = masks.block_causal(tokens, self.length, device), cache.window(tokens, [0])
         call = lambda: self.engine.forward(ids, positions, window, mask, logits_at=slice(0, 0))  # noqa: E731
         seconds = timed(call, device, repeat=5)
-        work = dense_work(self.model, entries=1, tokens=tokens, logits=0, context=0, causal=True)
-        self.add(f"prefill, {tokens} tokens", seconds, work.floor(self.machine))
+        touched = touched_experts(
+            self.model, [partial(self.model, ids, positions, window, mask, logits_at=slice(0, 0))]
+        )
+        work = forward_work(self.model, entries=1, tokens=tokens, logits=0, context=0, causal=True, touched=touched)
+        self.add(f"prefill, {tokens} tokens", seconds, work, touched)
         self.rows[-1]["share_of_matrix_rate"] = round(work.operations / seconds / self.machine.rate, 3)
 
-    def add(self, name: str, seconds: float, floor: float) -> None:
-        ms, least = 1e3 * seconds, 1e3 * floor
-        self.rows.append(
-            {"forward": name, "ms": round(ms, 3), "floor_ms": round(least, 3), "over_floor": round(ms / least, 2)}
-        )
+    def add(self, name: str, seconds: float, work: Work, touched: Touched) -> None:
+        ms, least = 1e3 * seconds, 1e3 * work.floor(self.machine)
+        line = {"forward": name, "ms": round(ms, 3), "floor_ms": round(least, 3), "over_floor": round(ms / least, 2)}
+        line["read_bytes"] = round(work.read_bytes)
+        self.rows.append(line)
         print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x", flush=True)
+        if touched.experts:
+            layers = len(expert_layers(self.model))
+            read = touched.experts * expert_sizes(self.model)[1] * self.model.lm_head.weight.element_size()
+            line |= {"experts_a_layer": round(touched.experts / layers, 1), "expert_bytes": round(read)}
+            rest = line["read_bytes"] - read
+            print(
+                f"{'':8s}{line['experts_a_layer']} experts a layer: {read / 1e6:.1f} MB; the rest: {rest / 1e6:.1f} MB"
+            )
 
 
 def vocabulary(model) -> int:
@@ -173,11 +169,7 @@ def measure_decode(
 
 def against(target: str, kwargs: dict, model, args) -> dict:
     """The same prompt and weights through a decoder with the published signature: ``function(model, input_ids, **kwargs)``."""
-    module, _, function = target.partition(":")
-    try:
-        decode = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"vs {target!r} cannot be imported ({error}). Allowed: MODULE:FUNCTION") from error
+    decode = named(target, "vs")
     ids = torch.tensor(prompts_of(model, 1, args.context), device=model.device)
     style, seconds = HFStyle(model), []
     for _ in range(2):
@@ -216,10 +208,11 @@ def profile(decode: Callable[..., Output], model, args, path: str, **flat) -> No
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint (default: the shipped one, unless --shape is given)")
+    parser.add_argument("--family", choices=SUBJECTS, help="default: that of the shape or model, else SDAR")
+    parser.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
     parser.add_argument("--accept", type=int, help="accept this many tokens of every verified span, by script")
-    parser.add_argument("--block_length", type=int, default=16)
+    parser.add_argument("--block_length", type=int, help="default: 16 for SDAR, 32 for the others")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -228,6 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--fast", type=lambda s: s == "true", help="true or false; default: where it can run")
     parser.add_argument("--graphs", type=lambda s: s == "true", help="true or false; default: where it can run")
+    parser.add_argument("--decodes", type=lambda s: s == "true", default=True, help="true or false: time decodes too")
     parser.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
     parser.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
     parser.add_argument("--profile", help="write kernel names and times of one S2D2 step at batch 1 to this file")
@@ -235,59 +229,73 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def load(args, subject: Subject):
+    """The model to measure; bounds what ``args`` ask of it by its positions."""
     device = resolve_device(args.device)
     if args.shape:
         model = random_model(args.shape, device, resolve_dtype(args.dtype, torch.bfloat16, device))
     else:
-        source = args.model or Path(sdar.__file__).parent / "tiny"
-        model = SDARForCausalLM.from_pretrained(source, dtype=args.dtype, device=device)
+        source = args.model or subject.shipped()
+        model = subject.model_class().from_pretrained(source, dtype=args.dtype, device=device)
     room = model.config.max_position_embeddings
-    args.context = min(args.context, room // 2)
-    args.prefill = min(args.prefill, room)
-    length, most = args.block_length, max(args.batch)
-    machine = Machine.measure(device, model.dtype)
-    print(
-        f"{machine.name}: reads {machine.read / 1e12:.2f} TB/s, {str(model.dtype)[6:]} products {machine.rate / 1e12:.1f} TFLOP/s"
-    )
-    runtime = Runtime(fast=args.fast, graphs=args.graphs)
+    args.block_length = args.block_length or subject.block_length
+    args.context, args.prefill = min(args.context, room // 2), min(args.prefill, room)
+    return model
+
+
+def measure_forwards(model, subject: Subject, machine: Machine, args) -> tuple[Engine, Forwards, dict]:
+    """``(engine, table, seconds by (rows, draft or verify))``"""
+    length = args.block_length
     blocks = -(-(args.context + args.new_tokens) // length) * length
-    slots = max(blocks + length, args.prefill)
-    engine = Engine.of(model, most, slots, length, runtime)
+    slots, runtime = max(blocks + 2 * length, args.prefill), Runtime(fast=args.fast, graphs=args.graphs)
+    engine = Engine.of(model, max(args.batch), slots, length, runtime, subject.graphs(length))
     times, table = {}, Forwards(model, machine, engine, length, args.context)
     for rows in args.batch:
-        two = masks.two_copy_verify(length, device)
-        times[rows, "draft"] = table.measure("draft", rows, tokens=length, mask=None)
-        times[rows, "verify"] = table.measure("verify", rows, tokens=2 * length, mask=two, queries=length)
-        table.measure("draft and commit", rows, tokens=length, mask=None, riders=True)
+        for kind in subject.kinds(length, model.device):
+            times[rows, kind.name] = table.measure(kind, rows)
     table.prefill(args.prefill)
     print(f"graphs: {engine.capture_seconds:.1f} s to capture {len(engine.runner.captured) if engine.runner else 0}\n")
-    plain, s2d2 = generate.block_diffusion_generate, generate_ssd_policy.block_diffusion_generate
+    return engine, table, times
+
+
+def measure_decodes(model, subject: Subject, times: dict, args) -> list[dict]:
+    """Plain decoding and S2D2 at every batch size, and what they are to be compared with."""
+    plain, s2d2 = named(subject.plain), named(subject.speculative)
     rule = {"judge": scripted(args.accept)} if args.accept is not None else {}
     label = f"S2D2, {args.accept} accepted by script" if rule else "S2D2"
-    lossless = {"do_verify_policy": "always", "acceptance": "exact", "cache_ver": True, "draft_ver": True}
     decodes = []
     for rows in args.batch:
         spent = {"draft": times[rows, "draft"], "verify": times[rows, "verify"]}
         decodes.append(measure_decode("plain", plain, model, rows, args, **spent))
-        decodes.append(measure_decode(label, s2d2, model, rows, args, **spent, **lossless, **rule))
+        decodes.append(measure_decode(label, s2d2, model, rows, args, **spent, **subject.lossless, **rule))
     if args.vs:
         decodes.append(against(args.vs, args.vs_kwargs, model, args))
         print(f"ratio: {decodes[1]['tokens_per_second'] / decodes[-1]['tokens_per_second']:.2f} x")
     if args.profile:
-        profile(s2d2, model, args, args.profile, **lossless, **rule)
+        profile(s2d2, model, args, args.profile, **subject.lossless, **rule)
+    return decodes
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    subject = subject_of(args.family, args.shape, args.model)
+    model = load(args, subject)
+    machine = Machine.measure(model.device, model.dtype)
+    print(
+        f"{machine.name}: reads {machine.read / 1e12:.2f} TB/s, {str(model.dtype)[6:]} products {machine.rate / 1e12:.1f} TFLOP/s"
+    )
+    engine, table, times = measure_forwards(model, subject, machine, args)
     result = {
         "model": args.shape or str(args.model or "tiny"),
         "machine": {"name": machine.name, "read_bytes_per_second": machine.read, "operations_per_second": machine.rate},
         "torch": torch.__version__,
         "dtype": str(model.dtype)[6:],
-        "block_length": length,
+        "block_length": args.block_length,
         "context": args.context,
         "accept": args.accept,
         "capture_seconds": round(engine.capture_seconds, 2),
         "forwards": table.rows,
-        "decodes": decodes,
+        "decodes": measure_decodes(model, subject, times, args) if args.decodes else [],
     }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

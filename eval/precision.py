@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import sdar
-from eval.benchmark import SHAPES, prompts_of, random_model, vocabulary
+from eval.benchmark import prompts_of, vocabulary
+from eval.subjects import SHAPES, random_model
 from sdar import SDARForCausalLM
 from shared import masks
 from shared.engine import Engine

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import Tensor, nn
 
 
 def timed(call: Callable[[], object], device: torch.device, *, repeat: int = 20, warmup: int = 3) -> float:
@@ -71,18 +72,55 @@ class Work:
         return max(self.read_bytes / machine.read, self.operations / machine.rate)
 
 
-def dense_work(model, *, entries: int, tokens: int, logits: int, context: int, causal: bool = False) -> Work:
-    """A dense decoder's forward over ``entries`` of ``tokens`` each with ``context`` cached tokens; ``logits`` positions in all reach the head.
+@dataclass(frozen=True)
+class Touched:
+    """What a forward asks of its experts, over all layers: how many of them run, and for how many pairs of a token and an expert."""
 
-    ``causal``: about half of the local query-key pairs are masked.
+    experts: float = 0.0
+    pairs: float = 0.0
+
+
+def expert_layers(model) -> list[nn.Module]:
+    """The modules that hold experts: each has a router ``gate``, and ``experts`` in stacks."""
+    return [m for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
+
+
+def touched_experts(model, forwards: list[Callable[[], Tensor]]) -> Touched:
+    """Counted by the routers of the plain network, mean over ``forwards``."""
+    chosen: list[Tensor] = []
+    keep = lambda _module, _inputs, out: chosen.append(out[0])  # noqa: E731
+    hooks = [layer.gate.register_forward_hook(keep) for layer in expert_layers(model)]
+    for forward in forwards if hooks else []:
+        forward()
+    for hook in hooks:
+        hook.remove()
+    experts, pairs = sum(int(c.unique().numel()) for c in chosen), sum(c.numel() for c in chosen)
+    return Touched(experts / len(forwards), pairs / len(forwards))
+
+
+def expert_sizes(model) -> tuple[int, int]:
+    """Weights of all experts, and of one."""
+    stacks = [list(layer.experts.parameters()) for layer in expert_layers(model)]
+    one = sum(p[0].numel() for p in stacks[0]) if stacks else 0
+    return sum(p.numel() for layer in stacks for p in layer), one
+
+
+def forward_work(
+    model, *, entries: int, tokens: int, logits: int, context: int, causal: bool = False, touched: Touched | None = None
+) -> Work:
+    """A decoder's forward over ``entries`` of ``tokens`` each with ``context`` cached tokens; ``logits`` positions in all reach the head.
+
+    ``causal``: about half of the local query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and run.
     """
-    config, size = model.config, torch.empty(0, dtype=model.dtype).element_size()
-    embedding = model.model.embed_tokens.weight.numel()
+    config, size, touched = model.config, torch.empty(0, dtype=model.dtype).element_size(), touched or Touched()
+    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight.numel()
     head = model.lm_head.weight.numel()
     every = sum(p.numel() for p in model.parameters())
-    body = every - embedding - (0 if config.tie_word_embeddings else head)
+    stacked, expert = expert_sizes(model)
+    body = every - embedding - stacked - (0 if config.tie_word_embeddings else head)
     narrow = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     wide = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     pairs = entries * tokens * (context + tokens / (2 if causal else 1))
-    read = (body + (head if logits else 0)) * size + 2 * entries * context * narrow * size
-    return Work(read, 2 * body * entries * tokens + 2 * head * logits + 4 * pairs * wide)
+    read = (body + touched.experts * expert + (head if logits else 0)) * size + 2 * entries * context * narrow * size
+    operations = 2 * (body * entries * tokens + expert * touched.pairs) + 2 * head * logits + 4 * pairs * wide
+    return Work(read, operations)

@@ -85,7 +85,8 @@ class Engine:
         return (
             len(self.cache.lengths) >= rows
             and self.cache.slots >= slots
-            and (self.block_length, self.runtime, self.kinds) == (block_length, runtime, kinds)
+            and (self.block_length, self.runtime, self.kinds is None) == (block_length, runtime, kinds is None)
+            and set(kinds or ()) <= set(self.kinds or ())
             and self.cache.keys.dtype == self.model.dtype
             and self.cache.keys.device == self.model.device
             and (self.fast is None or self.fast.current())

@@ -1,7 +1,7 @@
 """The fast forward of a decoder network on a GPU, through the kernels of `shared.triton_ops`.
 
 Same weights, same numbers up to rounding, no host read, and therefore fit for CUDA graphs. Few tokens take the narrow way (no elementwise kernel:
-see `shared.triton_ops`), many take the wide way (cuBLAS and elementwise kernels). A family subclasses `FastForward` and says where its weights are.
+see `shared.triton_ops`), many take the wide way (cuBLAS and elementwise kernels). A family subclasses `FastForward` and says what differs.
 
     fast = FastSDAR(model)
     cache = model.new_cache(rows=4, slots=2048)
@@ -130,9 +130,24 @@ class FastForward:
         """The projection whose weight begins a block's `Layer.qkv`."""
         return block.self_attn.q_proj
 
+    def qk_norms(self, block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """The norm weights of a block's queries and keys (None: no norm)."""
+        return None, None
+
     def layer(self, block: nn.Module, cos_sin: list[Tensor], after: Tensor) -> Layer:
-        """The weights of ``block``; ``cos_sin`` are the tables `ops.QKNorm` wants."""
-        raise NotImplementedError
+        """The weights of ``block``, by the names that Llama and Qwen gave them; ``cos_sin`` are the tables `ops.QKNorm` wants."""
+        attention = block.self_attn
+        qkv, bias = fuse_rows([attention.q_proj, attention.k_proj, attention.v_proj])
+        return Layer(
+            qkv=qkv,
+            qkv_bias=bias,
+            out=attention.o_proj.weight,
+            out_bias=attention.o_proj.bias,
+            qk_norm=ops.QKNorm(*self.qk_norms(block), *cos_sin, self.eps),
+            between=block.post_attention_layernorm.weight,
+            mlp=GatedMLP.of(block.mlp),
+            after=after,
+        )
 
     def __init__(self, model: CheckpointModel, overlap: bool | None = None):
         """``overlap``: let each kernel start before the one ahead has finished (default: where the device can)."""

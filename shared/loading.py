@@ -119,9 +119,11 @@ def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mappin
 
 
 class CheckpointModel(nn.Module):
-    """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``."""
+    """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``, and ``divides`` where `shared.tensor_parallel` cannot
+    cut them."""
 
     config_class: type
+    divides: bool = True
     config: object
     folder: Path | None = None  # where it was loaded from
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ class Phases:
         self.calls: Counter = Counter()
         self._captured: dict[tuple, _Captured] = {}
         self._pools: dict[Callable, Pool] = {}  # one a function: its results outlast the graphs of others
-        self._results: set[int] = set()  # addresses of what captured phases return
+        self._results: dict[
+            int, int
+        ] = {}  # what captured phases return: id of the tensor (the graphs keep it alive) -> a number
 
     def adopt(self, signature: Hashable, owners: Sequence[Owner]) -> bool:
         """Serve another decode: move its state to where the graphs expect it. False, and nothing done, where it does not fit."""
@@ -78,8 +81,8 @@ class Phases:
         return True
 
     def __call__(self, function: Callable, first, *arguments):
-        leaves = list(_leaves(arguments))
-        key = (function, *map(self._describe, leaves))
+        leaves = _leaves(arguments)
+        key = (function, *[self._describe(leaf) for leaf in leaves])
         found = self._captured.get(key)
         if found is None:
             self.calls[key] += 1
@@ -90,18 +93,19 @@ class Phases:
             if buffer is not None:
                 buffer.copy_(leaf)
         found.replay()
-        # A new object every time: what a caller derives from one and keeps on it must not outlast the next replay.
-        return _rebuild(found.result, _leaves(found.result))
+        return _renewed(found.result)
 
-    def _describe(self, leaf) -> tuple:
+    def _describe(self, leaf) -> Hashable:
         if not isinstance(leaf, Tensor):
             return ("constant", leaf)
-        if self._in_place(leaf):
-            return ("at", leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype)
+        if id(leaf) in self._results:
+            return self._results[id(leaf)]
+        if self.is_fixed(leaf):
+            return ("at", leaf.data_ptr(), leaf.shape, leaf.dtype)
         return ("like", leaf.shape, leaf.dtype)
 
     def _in_place(self, tensor: Tensor) -> bool:
-        return tensor.data_ptr() in self._results or self.is_fixed(tensor)
+        return id(tensor) in self._results or self.is_fixed(tensor)
 
     def _capture(self, function: Callable, first, arguments: tuple, leaves: list) -> _Captured:
         buffers = [t.clone() if isinstance(t, Tensor) and not self._in_place(t) else None for t in leaves]
@@ -109,7 +113,9 @@ class Phases:
         replay, result, self._pools[function] = self.capture(
             lambda: function(first, *_rebuild(arguments, iter(given))), self._pools.get(function)
         )
-        self._results.update(t.data_ptr() for t in _leaves(result) if isinstance(t, Tensor))
+        for tensor in _leaves(result):
+            if isinstance(tensor, Tensor):
+                self._results.setdefault(id(tensor), len(self._results))
         return _Captured(replay, buffers, result)
 
 
@@ -125,22 +131,41 @@ def _state(owners: Sequence[Owner]) -> Iterator[tuple[tuple[int, str], Tensor]]:
                 yield (number, name), value
 
 
-def _leaves(value) -> Iterator:
+@cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Of a dataclass; None for anything else."""
+    return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else None
+
+
+def _leaves(value, found: list | None = None) -> list:
     """Tensors and constants of nested tuples and dataclasses, in order."""
-    if isinstance(value, tuple):
+    found = [] if found is None else found
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, tuple):
         for part in value:
-            yield from _leaves(part)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _leaves(getattr(value, field.name))
+            _leaves(part, found)
+    elif names := _field_names(type(value)):
+        for name in names:
+            _leaves(getattr(value, name), found)
     else:
-        yield value
+        found.append(value)
+    return found
 
 
 def _rebuild(like, leaves: Iterator):
     """``like`` with its leaves replaced by the next ``leaves``."""
     if isinstance(like, tuple):
-        return tuple(_rebuild(part, leaves) for part in like)
-    if is_dataclass(like):
-        return type(like)(*[_rebuild(getattr(like, field.name), leaves) for field in fields(like)])
+        return tuple([_rebuild(part, leaves) for part in like])
+    if names := _field_names(type(like)):
+        return type(like)(*[_rebuild(getattr(like, name), leaves) for name in names])
     return next(leaves)
+
+
+def _renewed(result):
+    """``result`` without what may have been kept on its objects: what is derived from a result must not outlast the next replay."""
+    if isinstance(result, tuple):
+        return tuple([_renewed(part) for part in result])
+    if hasattr(result, "__dict__") and (names := _field_names(type(result))):
+        return type(result)(*[getattr(result, name) for name in names])
+    return result

@@ -203,5 +203,9 @@ def load(
     if world.tensor == 1:
         return model_class.from_pretrained(path_or_id, dtype=dtype, device=device)
     # Refused before processes meet, so that the message is all there is to see.
+    if not model_class.divides:
+        raise UserError(
+            f"tensor_parallel is {world.tensor}. Allowed: 1, {model_class.__name__} is not cut over processes"
+        )
     check_divides(model_class.read_config(path_or_id)[1], world.tensor)
     return shard(model_class, path_or_id, join(world, device), dtype=dtype)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from shared.engine import Engine
 from shared.errors import UserError
+from shared.phases import Phases
 from shared.uniforms import request_uniforms
+from tests.recorder import recorder
 
 HERE = Path(__file__).parent
 
@@ -77,6 +80,24 @@ def check_batch_equals_alone(family: Family, decoder: str, flat: dict, prompts: 
         assert together.completions[k].trace.edits == alone.trace.edits
         assert together.completions[k].trace.forwards == alone.trace.forwards
     assert sum(together.batch_forwards.values()) < sum(together.forwards.values()) or rows == 1
+
+
+def check_captured_phases(
+    family: Family, decoder: str, flat: dict, prompts: list[list[int]], rows: int, monkeypatch
+) -> None:
+    """What runs between forwards, replayed into fixed memory as CUDA graphs would be, changes no text, trace or count of forwards."""
+    run = lambda: family.run(decoder, prompts, flat, seed=6, batch_size=rows)  # noqa: E731
+    plain, made = run(), []
+
+    def phases_for(engine, signature, owners):
+        made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
+        return made[-1]
+
+    monkeypatch.setattr(Engine, "phases_for", phases_for)
+    captured = run()
+    assert made[0]._captured, "nothing was captured"
+    assert captured.tokens == plain.tokens
+    assert [c.trace for c in captured.completions] == [c.trace for c in plain.completions]
 
 
 def check_never_is_plain(family: Family, flat: dict, prompts: list[list[int]]) -> None:

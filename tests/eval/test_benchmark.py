@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from eval import benchmark
-from eval.roofline import Machine, dense_work
+from eval.roofline import Machine, Touched, forward_work, touched_experts
+from eval.subjects import SHAPES, SUBJECTS, subject_of
+from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
 from tests.family_checks import golden_folder
 
 SMALL = ["--device", "cpu", "--batch", "1", "2", "--new_tokens", "32", "--context", "16", "--prefill", "32"]
+MODEL = ["--model", str(golden_folder("SDAR") / "model")]
 
 
 def run(capsys, *argv: str) -> tuple[str, dict]:
-    benchmark.main([*SMALL, "--model", str(golden_folder("SDAR") / "model"), *argv])
+    benchmark.main([*SMALL, *argv])
     out = capsys.readouterr().out
     return out, json.loads(out.strip().splitlines()[-1])
 
@@ -25,6 +28,7 @@ def run(capsys, *argv: str) -> tuple[str, dict]:
 def test_runs_on_a_cpu(capsys, tmp_path):
     out, result = run(
         capsys,
+        *MODEL,
         "--block_length",
         "8",
         "--accept",
@@ -42,6 +46,32 @@ def test_runs_on_a_cpu(capsys, tmp_path):
     assert "microseconds and launches a step" in (tmp_path / "p.txt").read_text()
 
 
+def test_the_shifted_family(capsys):
+    out, result = run(capsys, "--family", "Fast-dLLM-v2", "--block_length", "16", "--accept", "2")
+    assert "draft with block cache, 2 x 8 tokens" in out
+    assert [d["rows"] for d in result["decodes"]] == [1, 1, 2, 2]
+    assert all(d["batch_forwards"]["draft"] > 0 for d in result["decodes"])
+
+
+def test_a_mixture_of_experts_tells_what_it_touched(capsys, tmp_path):
+    model = LLaDA2MoeModelLM.from_pretrained(golden_folder("LLaDA2") / "model")
+    model.config.mask_token_id = model.config.vocab_size - 1
+    model.save_pretrained(tmp_path)
+    out, result = run(capsys, "--block_length", "8", "--decodes", "false", "--model", str(tmp_path))
+    assert "experts a layer" in out
+    assert result["decodes"] == []
+    for line in result["forwards"]:
+        assert 0 < line["expert_bytes"] < line["read_bytes"]
+
+
+def test_family_comes_from_shape_or_model():
+    assert subject_of(None, "llada2-mini", None) is SUBJECTS["LLaDA2"]
+    assert subject_of(None, None, str(golden_folder("Fast-dLLM-v2") / "model")) is SUBJECTS["Fast-dLLM-v2"]
+    assert subject_of(None, None, None) is SUBJECTS["SDAR"]
+    with pytest.raises(UserError, match="Allowed with this shape or model: SDAR"):
+        subject_of("LLaDA2", "sdar-8b", None)
+
+
 def test_scripted_acceptance_counts():
     """Blocks of 8 from position 0, 3 accepted and 1 replaced a step: two steps a block, and the second verify sees 4 tokens."""
     model = SDARForCausalLM.from_pretrained(golden_folder("SDAR") / "model")
@@ -54,11 +84,11 @@ def test_scripted_acceptance_counts():
 
 
 def test_against_published_code(capsys):
-    _, result = run(capsys, "--vs", "tests.eval.published_style:generate", "--vs-kwargs", '{"gen_length": 16}')
+    _, result = run(capsys, *MODEL, "--vs", "tests.eval.published_style:generate", "--vs-kwargs", '{"gen_length": 16}')
     assert result["decodes"][-1]["decode"] == "tests.eval.published_style:generate"
     assert result["decodes"][-1]["tokens_per_second"] > 0
     with pytest.raises(UserError, match="cannot be imported"):
-        run(capsys, "--vs", "nowhere:nothing")
+        run(capsys, *MODEL, "--vs", "nowhere:nothing")
 
 
 def test_floor_by_hand():
@@ -68,17 +98,45 @@ def test_floor_by_hand():
     )  # fmt: skip
     model = SDARForCausalLM(config)
     body = 2 * (4 * 16 + 3 * 32) + 2 * (2 * 4 + 2 * 4) + 4
-    work = dense_work(model, entries=3, tokens=5, logits=7, context=11)
+    work = forward_work(model, entries=3, tokens=5, logits=7, context=11)
     assert work.read_bytes == 4 * (body + 40) + 2 * 3 * 11 * (2 * 4) * 4
     assert work.operations == 2 * body * 15 + 2 * 40 * 7 + 4 * (3 * 5 * (11 + 5)) * (2 * 4)
     assert work.floor(Machine("slow reader", read=1.0, rate=1e9)) == work.read_bytes
     assert work.floor(Machine("slow calculator", read=1e9, rate=1.0)) == work.operations
-    no_head = dense_work(model, entries=1, tokens=5, logits=0, context=0, causal=True)
+    no_head = forward_work(model, entries=1, tokens=5, logits=0, context=0, causal=True)
     assert no_head.read_bytes == 4 * body
     assert no_head.operations == 2 * body * 5 + 4 * (5 * 2.5) * (2 * 4)
 
 
-def test_a_named_shape_has_the_released_sizes():
+def test_experts_by_hand():
+    """One layer of 8 experts of 3 x 4 x 16 weights; 5 tokens of 2 experts each."""
+    config = LLaDA2MoeConfig(
+        vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=16, first_k_dense_replace=1,
+        intermediate_size=8, num_experts=8, n_group=2, topk_group=1, moe_intermediate_size=4,
+    )  # fmt: skip
+    model = LLaDA2MoeModelLM(config)
+    ids = torch.arange(5)[None]
+    same = torch.zeros_like(ids)
+    spread, one = (touched_experts(model, [lambda i=i: model(i, same)]) for i in (ids, same))
+    assert one == Touched(2, 10), "equal tokens at equal positions choose the same experts"
+    assert 2 <= spread.experts <= 8
+    none = forward_work(model, entries=1, tokens=5, logits=0, context=0)
+    some = forward_work(model, entries=1, tokens=5, logits=0, context=0, touched=one)
+    assert some.read_bytes - none.read_bytes == 2 * (3 * 4 * 16) * 4
+    assert some.operations - none.operations == 2 * 10 * (3 * 4 * 16)
+    stacked = 8 * 3 * 4 * 16
+    assert none.read_bytes == 4 * (sum(p.numel() for p in model.parameters()) - stacked - 2 * 160)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [("sdar-8b", 16_381_470_720), ("fast-dllm-v2-7b", 15_231_233_024), ("llada2-mini", 32.5e9)]
+)
+def test_a_named_shape_has_the_released_sizes(shape, size):
+    """The 16B's bytes are known to three digits."""
+    family, config = SHAPES[shape]
+    kind = SUBJECTS[family].model_class()
     with torch.device("meta"):
-        model = SDARForCausalLM(SDARConfig(**benchmark.SHAPES["sdar-8b"]))
-    assert 2 * sum(p.numel() for p in model.parameters()) == pytest.approx(16_381_470_720, rel=1e-4)
+        model = kind(kind.config_class(**config))
+    assert 2 * sum(p.numel() for p in model.parameters()) == pytest.approx(
+        size, rel=1e-4 if size > 4e10 or size < 3e10 else 0.01
+    )

@@ -94,6 +94,11 @@ def test_batch_equals_alone(extra):
     checks.check_batch_equals_alone(family(), "speculative", {**SMALL, **extra}, PROMPTS, rows=3)
 
 
+@pytest.mark.parametrize("extra", [*POLICIES, LOSSLESS], ids=lambda e: " ".join(map(str, e.values())))
+def test_captured_phases_change_nothing(extra, monkeypatch):
+    checks.check_captured_phases(family(), "speculative", {**SMALL, **extra}, PROMPTS, 3, monkeypatch)
+
+
 @pytest.mark.parametrize("extra", [{}, {"use_block_cache": True}, {"temperature": 1.0}], ids=str)
 def test_plain_batch_equals_alone(extra):
     checks.check_batch_equals_alone(family(), "plain", {**SMALL, **extra}, PROMPTS, rows=3)

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from shared.distributed import World
 from shared.errors import UserError
 from shared.masks import block_causal, token_causal
+from shared.tensor_parallel import load
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("LLaDA2")
@@ -226,6 +228,11 @@ def test_a_missing_expert_is_named(tmp_path):
 def test_configs_that_cannot_be_built(changed, message):
     with pytest.raises(ValueError, match=message):
         random_model(**changed)
+
+
+def test_experts_are_not_cut_over_processes():
+    with pytest.raises(UserError, match=r"tensor_parallel is 2\. Allowed: 1, LLaDA2MoeModelLM"):
+        load(LLaDA2MoeModelLM, FOLDER / "model", World(0, 2, 0, tensor=2))
 
 
 def test_special_ids_of_the_released_family():

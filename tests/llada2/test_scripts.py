@@ -11,6 +11,7 @@ import torch
 
 import sdar
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM, example_llada
+from llada2.generate_utils import generate_cached
 from shared.loading import load_tokenizer
 
 SHORT = ["--max_new_tokens", "12", "--block_size", "8", "--device", "cpu"]
@@ -84,6 +85,18 @@ def test_stream_prints_what_batch_prints(checkpoint, capsys):
     run(checkpoint, "--prompt", "What is 2 + 2?", "--stream")
     assert text
     assert text in capsys.readouterr().out
+
+
+def test_stop_strings_end_a_text(checkpoint):
+    """At the block in which they appear; the text is cut before them, edits and post steps or not."""
+    model, tokenizer = LLaDA2MoeModelLM.from_pretrained(checkpoint), load_tokenizer(checkpoint)
+    flat = {"block_length": 4, "max_new_tokens": 24, "max_post_steps": 1, "tokenizer": tokenizer}
+    (whole,) = generate_cached(model, [[5, 6, 7]], **flat).completions
+    word = tokenizer.decode(whole.tokens[9:10])
+    (cut,) = generate_cached(model, [[5, 6, 7]], stop=[word], **flat).completions
+    assert word
+    assert cut.text == whole.text[: whole.text.index(word)]
+    assert cut.trace.total_forwards < whole.trace.total_forwards
 
 
 def test_trace_file_has_the_edits(checkpoint, capsys, tmp_path):

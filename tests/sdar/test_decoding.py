@@ -10,11 +10,8 @@ import torch
 
 from sdar import SDARForCausalLM, decoding, generate, generate_ssd_policy, reference
 from sdar.options import PRESETS, Options, StandardOptions
-from shared.engine import Engine
 from shared.errors import UserError
-from shared.phases import Phases
 from tests import family_checks as checks
-from tests.recorder import recorder
 
 FOLDER = checks.golden_folder("SDAR")
 
@@ -119,20 +116,7 @@ def test_unsaved_equals_reference(decoder, flat):
 
 @each_setting
 def test_captured_phases_change_nothing(decoder, flat, monkeypatch):
-    """What runs between forwards, replayed into fixed memory as graphs would be: ids, order and forwards stay."""
-    prompts = checks.draw_prompts(5, seed=12)
-    run = lambda: family().run(decoder, prompts, flat, seed=6, batch_size=3)  # noqa: E731
-    plain, made = run(), []
-
-    def phases_for(engine, signature, owners):
-        made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
-        return made[-1]
-
-    monkeypatch.setattr(Engine, "phases_for", phases_for)
-    captured = run()
-    assert made[0]._captured, "nothing was captured"
-    assert captured.tokens == plain.tokens
-    assert [c.trace for c in captured.completions] == [c.trace for c in plain.completions]
+    checks.check_captured_phases(family(), decoder, flat, checks.draw_prompts(5, seed=12), 3, monkeypatch)
 
 
 @each_setting

@@ -50,6 +50,39 @@ def test_an_engine_serves_what_fits_in_it():
     assert not engine.serves(**same), "the weights were moved or cast since"
 
 
+def test_kinds_decide_the_shapes():
+    runtime = Runtime(fast=False)
+    kinds = [Shape(1, 8, picks=4, lasting=True), Shape(1, 4, picks=4, width=8)]
+    engine = Engine(_model(), 2, 64, 8, runtime, kinds)
+    assert engine.shapes(2) == [Shape(1, 8, 4), Shape(2, 8, 4), Shape(1, 4, 4, width=8), Shape(2, 4, 4, width=8)]
+    assert [s.lasting for s in engine.shapes(2)] == [True, True, False, False]
+    assert engine.serves(1, 64, 8, runtime, kinds[:1]), "more kinds than asked for"
+    assert not engine.serves(1, 64, 8, runtime, [*kinds, Shape(1, 8, picks=1)])
+    assert not engine.serves(1, 64, 8, runtime), "its shapes do not follow from the block length"
+
+
+def test_masks_that_are_added_go_to_the_plain_network():
+    model = _model()
+    engine = Engine(model, rows=1, slots=40, block_length=8, runtime=Runtime(fast=False))
+    engine.fast = lambda *args, **how: pytest.fail("kernels take bool masks")
+    model.backend = "reference"
+    ids, bias = torch.tensor([[1, 2, 3]]), torch.zeros(3, 3).masked_fill(~torch.ones(3, 3).tril().bool(), -torch.inf)
+    positions = torch.arange(3)[None]
+    got = engine.forward(ids, positions, engine.cache.window(3), bias)
+    want = model(ids, positions, model.new_cache(1, 40).window(3), bias == 0)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_the_fast_forward_is_told_of_windows_that_are_not_plain():
+    engine, asked = Engine(_model(), rows=2, slots=40, block_length=8, runtime=Runtime(fast=False)), []
+    engine.fast = lambda *args, **how: asked.append(how)
+    ids, positions = torch.tensor([[1, 2], [3, 4]]), torch.arange(2).expand(2, 2)
+    engine.forward(ids, positions, engine.cache.window(2), None)
+    engine.forward(ids, positions, engine.cache.window(2, offset=[0, 6], width=8), None)
+    assert "offsets" not in asked[0]
+    assert (asked[1]["offsets"].tolist(), asked[1]["width"]) == ([0, 6], 8)
+
+
 def test_shapes_cover_every_batch_and_every_rider():
     engine = Engine(_model(), rows=3, slots=64, block_length=8, runtime=Runtime(fast=False))
     shapes = engine.shapes(3)

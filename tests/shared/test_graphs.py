@@ -22,6 +22,8 @@ def test_best_fit_is_the_smallest_that_holds_both_kinds_of_entries():
     assert best_fit(shapes, Shape(2, 32, picks=16)) == Shape(4, 32, picks=16)
     assert best_fit(shapes, Shape(2, 32, picks=8)) is None
     assert best_fit(shapes, Shape(5, 16)) is None
+    assert best_fit(shapes, Shape(1, 16, width=32)) is None
+    assert best_fit([*shapes, Shape(2, 16, width=32)], Shape(1, 16, width=32)) == Shape(2, 16, width=32)
 
 
 def test_runner_falls_back_to_eager():
@@ -54,3 +56,23 @@ def test_runner_replays_with_padding():
             got = runner(ids, positions, rows, prefixes, mask, picked, leading)
             want = forward(ids, positions, rows, prefixes, mask.expand(batch, -1, -1), picked, leading)
             assert torch.equal(got, want), (leading, riders)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_lasting_logits_outlast_other_replays():
+    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading, offsets=None, width=0):
+        out = (input_ids + (0 if offsets is None else width * offsets[:, None]))[..., None].float()
+        return out[:leading].gather(1, logits_at[..., None])
+
+    runner = GraphRunner(forward, "cuda")
+    runner.capture([Shape(2, 4, picks=2, lasting=True), Shape(2, 4, picks=3), Shape(2, 4, picks=2, width=8)])
+    ids = torch.randint(10, (2, 4), device="cuda")
+    entry, at = torch.arange(2, device="cuda"), torch.tensor([[0, 2, 3], [1, 1, 0]], device="cuda")
+    kept = runner(ids, ids, entry, entry, None, at[:, :2])
+    want = ids.gather(1, at[:, :2]).float()[..., None]
+    other = runner(ids + 5, ids, entry, entry, None, at)
+    moved = runner(ids, ids, entry, entry, None, at[:, :2], offsets=entry, width=8)
+    assert torch.equal(kept, want)
+    assert torch.equal(moved, want + 8 * entry[:, None, None])
+    assert other.shape == (2, 3, 1)
