@@ -188,6 +188,8 @@ def test_tables_are_made_between_their_marks(measured):
     assert (made.startswith("before\n"), made.endswith("after")) == (True, True)
     for kind, part in (("winners", "S2D2"), ("families", "| SDAR | exact |")):
         assert part in results.refreshed(f"<!-- compare {kind}: results.json -->\n<!-- /compare -->", measured)
+    empty = "<!-- compare families: results.json -->\n<!-- /compare -->\nkept\n<!-- compare rows: results.json all -->\n<!-- /compare -->\n"
+    assert "kept" in results.refreshed(empty, measured).splitlines()
     with pytest.raises(UserError, match="unknown table"):
         results.refreshed("<!-- compare row: results.json -->\n<!-- /compare -->", measured)
     with pytest.raises(UserError, match="not there"):
