@@ -112,14 +112,18 @@ class Bench:
         prompt = next(str(s["arguments"][0][0]) for s in samples if s["doc_id"] == doc)
         return {
             "prompt": prompt,
-            "pieces": [self.lm.tokenizer.decode([i]) for i in record["ids"]],
+            "pieces": [self._piece(i) for i in record["ids"]],
             "step": [s - first for s in record["step"]],
             "how": [How(h).name.lower() for h in record["how"]],
             "rank": record["rank"],
             "confidence": [round(c, 3) for c in record["confidence"]],
             "verified": [[k - first, span, taken] for k, span, taken in record["verified"]],
+            "edits": [[k - first, at, *map(self._piece, ids)] for k, at, *ids in record["edits"]],
             "forwards": record["forwards"],
         }
+
+    def _piece(self, token: int) -> str:
+        return self.lm.tokenizer.decode([token])
 
     def _where(self) -> dict:
         """What the figures were measured on."""

@@ -36,15 +36,16 @@ def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[st
             "--apply_chat_template", "--device", device, "--output_path", str(folder / "run")]  # fmt: skip
 
 
-def run_cli(flags: list[str]) -> None:
-    """`python -m eval` in this process, quietly, looking for tasks in this repository only (the whole index takes ten seconds)."""
+def run_cli(flags: list[str], log: str | None = None) -> None:
+    """`python -m eval` in this process, looking for tasks in this repository only (the whole index takes ten seconds). ``log`` takes what it prints."""
     from lm_eval.tasks import TaskManager
 
     from eval.__main__ import main
 
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    if log:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     sys.argv = ["eval", "run", *flags]
     known = TaskManager.__init__
     TaskManager.__init__ = lambda self, *a, **k: known(self, include_path=str(TASKS), include_defaults=False)
@@ -66,13 +67,14 @@ def scores(folder: Path) -> dict:
     return {**{k: found[k] for k in KEPT}, "decoding": decoding}
 
 
-def finish(context, flags: list[str]) -> None:
-    """Run to the end; raises where the run fails."""
-    child = context.Process(target=run_cli, args=(flags,))
+def finish(context, flags: list[str], folder: Path) -> None:
+    """Run to the end; raises with its last words where the run fails."""
+    log = folder.with_suffix(".log")
+    child = context.Process(target=run_cli, args=(flags, str(log)))
     child.start()
     child.join()
     if child.exitcode:
-        raise RuntimeError(f"the run ended with {child.exitcode}")
+        raise RuntimeError(f"the run ended with {child.exitcode}: {log.read_text()[-500:]}")
 
 
 def texts_on_disk(folder: Path) -> int:
@@ -82,7 +84,7 @@ def texts_on_disk(folder: Path) -> int:
 
 def kill(context, flags: list[str], folder: Path, texts: int, later: float) -> bool:
     """Start the run and kill it ``later`` seconds after so many texts are on disk; was it still alive?"""
-    child = context.Process(target=run_cli, args=(flags,))
+    child = context.Process(target=run_cli, args=(flags, os.devnull))
     child.start()
     while texts_on_disk(folder) < texts and child.is_alive():
         child.join(0.002)
@@ -101,14 +103,14 @@ def trial(times: int, *, task: str = "instructions", limit: int = 24, seed: int 
     context, rng, found = processes(), random.Random(seed), []
     with tempfile.TemporaryDirectory() as root:
         whole = Path(root) / "whole"
-        finish(context, command(task, limit, whole))
+        finish(context, command(task, limit, whole), whole)
         wanted = scores(whole)
         for k in range(times):
             folder, texts, later = Path(root) / str(k), rng.randrange(limit), rng.uniform(0.0, 0.1)
             flags = command(task, limit, folder)
             alive = kill(context, flags, folder, texts, later)
             left = texts_on_disk(folder)
-            finish(context, [*flags, "--resume"])
+            finish(context, [*flags, "--resume"], folder)
             about = {"after_texts": texts, "later": round(later, 3), "alive": alive, "texts": left}
             found.append({**about, "same": scores(folder) == wanted})
     return found

@@ -86,6 +86,18 @@ FAMILIES = {
             "fast": Decoder("fast_dllm_v2.generate_utils", "generate_fast", "fast_dllm_v2.options", "StandardOptions", "PLAIN_PRESETS"),
         },
     ),
+    "LLaDA2": Family(
+        "llada2.modeling_llada2_moe",
+        "LLaDA2MoeModelLM",
+        "llada2_moe",
+        "llada2",
+        "block_size_one_scores",
+        {
+            "ssd_policy": Decoder("llada2.generate_policy_utils", "generate_ssd_policy", "llada2.options", "Options", "PRESETS"),
+            "cached": Decoder("llada2.generate_utils", "generate_cached", "llada2.options", "StandardOptions", "PLAIN_PRESETS"),
+            "nocache": Decoder("llada2.generate_utils", "generate_nocache", "llada2.options", "NoCacheOptions", "NOCACHE_PRESETS"),
+        },
+    ),
 }  # fmt: skip
 
 

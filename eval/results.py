@@ -107,7 +107,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 # Tables of READMEs.
 
-_MARKED = re.compile(r"(<!-- compare (\w+): (\S+)(?: ([\w,]+))?(?: (.*?))? -->\n).*?(<!-- /compare -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- compare (\w+): (\S+)(?: (?!-->)([\w,]+))?(?: (?!-->)([^\n]*?))? -->\n).*?(<!-- /compare -->)", re.DOTALL
+)
 
 
 def refreshed(text: str, root: Path) -> str:

@@ -66,7 +66,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def trace_of(completion: Completion) -> dict:
-    """What the comparison needs of a text's trace, position by position of the returned tokens, and of each verify ``[step, span, accepted]``."""
+    """What the comparison needs of a text's trace, position by position of the returned tokens; of each verify ``[step, span, accepted]`` and of each
+    edit ``[step, position in the text, old id, new id]``."""
     trace, first = completion.trace, completion.trace.prompt_length
     part = slice(first, first + len(completion.tokens))
     return {
@@ -76,4 +77,5 @@ def trace_of(completion: Completion) -> dict:
         "rank": trace.rank_of[part],
         "confidence": [round(c, 4) for c in trace.confidence_of[part]],
         "verified": [[k, s, a] for k, (s, a) in enumerate(zip(trace.verified_span, trace.accepted, strict=True)) if s],
+        "edits": [[k, p - first, old, new] for k, p, old, new in trace.edits if p < part.stop],
     }

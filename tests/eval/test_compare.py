@@ -16,7 +16,10 @@ from scipy.stats import binomtest
 from eval import agreement, calibration, compare, results
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.stats import mcnemar, wilson
+from eval.store import trace_of
 from shared.errors import UserError
+from shared.output import Completion
+from shared.trace import Trace
 
 ROOT = Path(__file__).parents[2]
 GRIDS = sorted((ROOT / "eval" / "grids").glob("*.yaml"))
@@ -130,6 +133,15 @@ def test_traces_calibrate_and_replay(measured):
     assert sum(k for _, _, k in replay["verified"]) >= replay["how"].count("accepted")
 
 
+def test_edits_are_kept_from_the_prompt_on():
+    trace = Trace(prompt_length=2, block_length=4, token_ids=[1, 2, 7, 8, 9], step_of=[-1, -1, 3, 3, 4], how_of=[1, 1, 2, 2, 2],
+                  rank_of=[0, 0, 0, 1, 0], confidence_of=[0, 0, 0.5, 0.6, 0.7], verified_span=[0, 0, 0, 0, 3], accepted=[0, 0, 0, 0, 1],
+                  edits=[(5, 3, 6, 8), (5, 4, 4, 9)])  # fmt: skip
+    kept = trace_of(Completion(0, [7, 8], trace, 0.0, 0))
+    assert kept["edits"] == [[5, 1, 6, 8]], "the token behind the text's end is not shown"
+    assert (kept["ids"], kept["step"], kept["verified"]) == ([7, 8], [3, 3], [[4, 3, 1]])
+
+
 def test_a_killed_comparison_goes_on(measured, tmp_path):
     """As a kill leaves it: the last cell unwritten, of its texts one and a half on disk."""
     folder = tmp_path / "again"
@@ -176,6 +188,8 @@ def test_tables_are_made_between_their_marks(measured):
     assert (made.startswith("before\n"), made.endswith("after")) == (True, True)
     for kind, part in (("winners", "S2D2"), ("families", "| SDAR | exact |")):
         assert part in results.refreshed(f"<!-- compare {kind}: results.json -->\n<!-- /compare -->", measured)
+    empty = "<!-- compare families: results.json -->\n<!-- /compare -->\nkept\n<!-- compare rows: results.json all -->\n<!-- /compare -->\n"
+    assert "kept" in results.refreshed(empty, measured).splitlines()
     with pytest.raises(UserError, match="unknown table"):
         results.refreshed("<!-- compare row: results.json -->\n<!-- /compare -->", measured)
     with pytest.raises(UserError, match="not there"):
