@@ -301,9 +301,7 @@ def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int):
     part = draft if index is None else draft.select(index)
     (ids, positions), places = batch.whole(part.rows), batch.places(part.rows)
     ids = ids.scatter(1, places, torch.where(part.masked, part.tokens, part.block))
-    at = previous_row(places)
-    if run.reuse_verify:
-        at = torch.cat([at, torch.full_like(at[:, :1], tokens - 1)], 1)
+    at = torch.cat([previous_row(places), torch.full_like(places[:, :1], tokens - 1)], 1)
     inputs = Inputs(
         ids[:, :tokens], positions[:, :tokens], part.rows, masks.token_causal(tokens, ids.device), logits_at=at
     )

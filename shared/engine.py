@@ -72,7 +72,9 @@ class Engine:
         if last is not None and last.serves(rows, slots, block_length, runtime, kinds):
             last.cache.reset(range(len(last.cache.lengths)))
             return last
-        model.last_engine = None  # frees its memory before the new one takes its own
+        if last is not None:
+            last.close()  # before the new one takes memory
+        model.last_engine = None
         engine = cls(model, rows, slots, block_length, runtime, kinds)
         if engine.runner is not None:
             model.last_engine = engine
@@ -92,12 +94,20 @@ class Engine:
             and (self.fast is None or self.fast.current())
         )
 
+    def close(self) -> None:
+        """Give the memory of the cache and of all graphs back; nothing can be run afterwards."""
+        for part in (self.runner, self.phases):
+            if part is not None:
+                part.close()
+        self.cache = self.runner = self.phases = None
+
     def phases_for(self, signature: Hashable, owners: Sequence[object]) -> Callable:
         """How the phases of a decode are run: in graphs where forwards are; else they are called. See `shared.phases.Phases`."""
         if self.runner is None:
             return call
         if self.phases is None or not self.phases.adopt(signature, owners):
-            self.phases = None  # frees its memory before the new ones take theirs
+            if self.phases is not None:
+                self.phases.close()  # before the new ones take memory
             self.phases = Phases(signature, owners, self.runner.owns)
         return self.phases
 

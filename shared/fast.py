@@ -164,6 +164,7 @@ class FastForward:
         blocks = model.model.layers
         following = [block.input_layernorm.weight for block in blocks[1:]] + [model.model.norm.weight]
         self.layers = [self.layer(block, cos_sin, after) for block, after in zip(blocks, following, strict=True)]
+        self._where = self._weights_at()
 
     @classmethod
     def unsupported(cls, model: CheckpointModel) -> str | None:
@@ -190,11 +191,12 @@ class FastForward:
 
     def current(self) -> bool:
         """Do the fused weights still belong to the model, or has it been moved or cast since?"""
+        return self._where == self._weights_at()
+
+    def _weights_at(self) -> list[tuple[int, torch.dtype]]:
+        """Address and type of a weight of every layer."""
         weights = [self.first_projection(block).weight for block in self.model.model.layers]
-        return all(
-            w.data_ptr() == layer.qkv.data_ptr() and w.dtype == layer.qkv.dtype
-            for w, layer in zip(weights, self.layers, strict=True)
-        )
+        return [(weight.data_ptr(), weight.dtype) for weight in weights]
 
     @torch.inference_mode()
     def __call__(
@@ -229,7 +231,9 @@ class FastForward:
         stores = zip(cache.keys, cache.values, strict=True)
         places = [ops.Place(keys, values, prefixes, rows, offsets, width) for keys, values in stores]
         call = _Call(input_ids, position_ids.contiguous(), places, local_mask, logits_at, leading)
-        logits = (self._narrow if batch * tokens <= ops.NARROW_TOKENS else self._wide)(call)
+        wanted = leading * tokens if logits_at is None else logits_at.numel()
+        narrow = max(batch * tokens, wanted) <= ops.NARROW_TOKENS
+        logits = (self._narrow if narrow else self._wide)(call)
         return logits.view(leading, tokens if logits_at is None else logits_at.shape[1], self.model.config.vocab_size)
 
     def product(

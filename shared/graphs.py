@@ -8,8 +8,10 @@ eagerly, in the same line.
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +55,19 @@ def best_fit(shapes: Iterable[Shape], wanted: Shape) -> Shape | None:
 def sizes(most: int) -> list[int]:
     """1, 2, 4, ... and ``most``: the batch sizes worth a graph."""
     return sorted({min(1 << k, most) for k in range(most.bit_length() + 1)})
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iterator[None]:
+    """A capture into ``graph`` that no garbage collection falls into: freeing an older graph in the middle of it would end it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +116,7 @@ class GraphRunner:
             del logits
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with capturing(graph, self._pool):
             kept = self._keep(shape, self.forward(**inputs, **fixed))
         self._pool = graph.pool()
         return _Captured(graph, inputs, kept)
@@ -175,6 +190,11 @@ class GraphRunner:
         captured = self.captured[shape]
         captured.graph.replay()
         return captured.logits[:leading]
+
+    def close(self) -> None:
+        """Give the memory of all graphs back."""
+        self.captured.clear()
+        self._logits.clear()
 
     def owns(self, tensor: Tensor) -> bool:
         """Is this what a replay returns?"""

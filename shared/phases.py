@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.graphs import capturing
+
 Owner = Any  # whatever holds state in tensors that are its attributes
 Pool = tuple[int, int]
 Capture = Callable[[Callable[[], Any], Pool | None], tuple[Callable[[], None], Any, Pool]]
@@ -29,7 +31,7 @@ def call(function: Callable, first, *arguments):
 def cuda_graph(function: Callable[[], Any], pool: Pool | None) -> tuple[Callable[[], None], Any, Pool]:
     """``(replay, what function returned, pool)``: ``function`` captured in memory of ``pool`` (None: of a new one). It is not run."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with capturing(graph, pool):
         result = function()
     return graph.replay, result, graph.pool()
 
@@ -94,6 +96,12 @@ class Phases:
                 buffer.copy_(leaf)
         found.replay()
         return _renewed(found.result)
+
+    def close(self) -> None:
+        """Give the memory of all graphs back."""
+        self._captured.clear()
+        self._results.clear()
+        self.state.clear()
 
     def _describe(self, leaf) -> Hashable:
         if not isinstance(leaf, Tensor):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sdar import generate, generate_ssd_policy
-from sdar.fast import unsupported
+from sdar.fast import FastSDAR
 from sdar.modeling_sdar import SDARForCausalLM
 from shared import tensor_parallel
 from shared.distributed import World, check_agreement
@@ -225,7 +225,7 @@ def test_a_part_is_no_model_for_code_that_forgets_the_others():
     part = tensor_parallel.shard(SDARForCausalLM, MODEL, Group(0, 2, torch.device("cpu")))
     for module in (part.lm_head, part.model.layers[0].self_attn.o_proj, part.model.layers[0].mlp.down_proj):
         assert not hasattr(module, "weight")
-    assert "several" in unsupported(part)
+    assert "several" in FastSDAR.unsupported(part)
     assert part.fast() is None
 
 
