@@ -85,12 +85,14 @@ def matches_the_plain_forward(model, fast: FastForward, name: str, tolerance: fl
 
 
 def batches_match(model, fast: FastForward, rows: int, tolerance: float):
-    """A draft of 8 tokens in each of ``rows`` rows."""
-    cache = filled(model, torch.randint(100, (rows,)).tolist())
-    ids, positions = (torch.randint(high, (rows, 8), device=DEVICE) for high in (VOCABULARY, 500))
-    window = cache.window(8)
-    want = model(ids, positions, window)
-    assert error(run(fast, ids, positions, window), want) <= tolerance
+    """A draft of 8 tokens in each of ``rows`` rows, and 4 tokens with more logits than tokens."""
+    for tokens, picks in ((8, None), (4, 5)):
+        cache = filled(model, torch.randint(100, (rows,)).tolist())
+        ids, positions = (torch.randint(high, (rows, tokens), device=DEVICE) for high in (VOCABULARY, 500))
+        at = None if picks is None else torch.randint(tokens, (rows, picks), device=DEVICE)
+        window = cache.window(tokens)
+        want = model(ids, positions, window, logits_at=at)
+        assert error(run(fast, ids, positions, window, logits_at=at), want) <= tolerance
 
 
 def padding_writes_nothing(model, fast: FastForward, tokens: int):
