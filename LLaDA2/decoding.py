@@ -4,7 +4,7 @@ Each step drafts the current block of every row, replaces known tokens of it whe
 what the step still owes by confidence, and commits blocks that are finished. ``cached`` is the same loop with a policy that never
 verifies, ``nocache`` that one with nothing ever committed.
 
-What a step computes between its forwards stands in four functions of device tensors: `draft_inputs`, `drafted`, `verify_inputs` and `decided`. They read
+What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.run.verify_inputs` and `decided`. They read
 nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
 """
 
@@ -21,78 +21,46 @@ from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
 from llada2.options import NoCacheOptions, Options, StandardOptions
 from llada2.rows import Rows
 from shared import masks
-from shared.batch import Finished, by_tokens, whole_blocks
+from shared import run as shared_run
+from shared.batch import Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
-from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
 from shared.engine import Engine, Inputs, Staged
-from shared.kv_cache import BlockCache
-from shared.options import Acceptance, Cache
 from shared.output import Completion, Lossless, Output
-from shared.phases import call
 from shared.prompts import as_prompts
-from shared.routing import Never, Policy, make_policy
-from shared.sampling import GREEDY_BELOW, sample
-from shared.spans import Picked, pick, span_inputs, wishes
+from shared.routing import Never, make_policy
+from shared.run import Verified, View, commit, draft_of, judged, prefill, settle, span_verdict, verify_spans
+from shared.sampling import GREEDY_BELOW
+from shared.spans import Picked, pick, wishes
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
-from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
-
-PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
+from shared.verify import Verdict, judge, losslessness
 
 
 @dataclass
-class Run:
-    """One decode in progress: the model, its options (resolved), and what the rows share."""
+class Run(shared_run.Run):
+    """One decode of this family in progress."""
 
-    model: LLaDA2MoeModelLM
-    options: NoCacheOptions
     batch: Rows
-    engine: Engine
-    policy: Policy
-    judge: Callable[..., Verdict]
-    phase: Callable = call  # runs a function of device tensors, as a graph where that is possible
-    prefill_seconds: float = 0.0
 
     @property
     def cached(self) -> bool:
         return isinstance(self.options, StandardOptions)
 
     @property
-    def cache(self) -> BlockCache:
-        return self.engine.cache
-
-    @property
-    def cache_options(self) -> Cache:
-        return getattr(self.options, "cache", Cache())
-
-    @property
-    def acceptance(self) -> Acceptance:
-        return getattr(self.options, "acceptance", Acceptance())
-
-    @property
     def whole_verify(self) -> bool:
-        """Does a verify carry the whole block whatever the span?"""
-        outside = self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
-        return outside or not (isinstance(self.options, Options) and self.options.savings.short_verify)
+        return not isinstance(self.options, Options) or super().whole_verify
 
-    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, ahead=None) -> Tensor:
-        """One pass over ``tokens`` tokens an entry, which belong to ``rows``. The mask token is ruled out by `rule_out`."""
-        self.batch.count(kind, set(rows), tokens * len(rows))
-        window, backend = self.cache.window(tokens, rows, ahead=ahead), self.model.backend
+    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, **place) -> Tensor:
+        """As `shared.run.Run.forward`; a mask that is a number is added to the scores, which one backend alone can do."""
+        backend = self.model.backend
         if isinstance(staged, Inputs) and staged.mask is not None and staged.mask.is_floating_point():
-            self.model.backend = "reference"  # the one that adds masks
+            self.model.backend = "reference"
         try:
-            return self.engine.run(staged, window)
+            return super().forward(kind, rows, staged, tokens, **place)
         finally:
             self.model.backend = backend
-
-    def rule_out(self, logits: Tensor) -> Tensor:
-        """The logits without the mask token, unless the options allow it."""
-        if self.options.sampling.suppress_mask:
-            logits[..., self.batch.mask_id] = float("-inf")
-        return logits
 
 
 @torch.inference_mode()
@@ -129,16 +97,19 @@ def decode(
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
-    while prefill(run) or run.batch.active:
+    while prefill(run, encode_prompts) or run.batch.active:
         rows = run.batch.active
         draft, wish = propose(run, rows)
         picked = route(run, rows, wish)
-        verified = verify(run, rows, draft, picked)
-        finished = stops.end(settle(run, rows, draft, verified))
+        verified = verify_spans(run, rows, draft, picked)
+        finished = stops.end(settle(run, rows, draft, verified, decided))
         if on_block:
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, options.blocks.max_new_tokens))
-        commit(run, finished)
+        if run.cached:
+            commit(run, finished, is_encoded, commit_mask)
+        else:
+            run.batch.advance([f.row for f in finished if not f.last])
         for f in finished:
             if f.last:
                 position = run.batch.rows[f.row].position
@@ -199,24 +170,10 @@ def resolve(model: LLaDA2MoeModelLM, options: NoCacheOptions, tokenizer=None) ->
     return replace(options, blocks=blocks)
 
 
-def prefill(run: Run) -> bool:
-    """Admit waiting prompts and encode their whole blocks. True if any came."""
-    batch = run.batch
-    rows = batch.admit()
-    run.cache.reset(rows)
-    run.policy.reset(rows)
-    began = time.perf_counter()
-    if run.cached:
-        for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
-            encode_prompts(run, group)
-    if rows and run.cache.length.is_cuda:
-        torch.cuda.synchronize(run.cache.length.device)
-    run.prefill_seconds += time.perf_counter() - began
-    return bool(rows)
-
-
 def encode_prompts(run: Run, rows: list[int]) -> None:
-    """One forward over the whole blocks of the prompts of ``rows``, all of which have some."""
+    """One forward over the whole blocks of the prompts of ``rows``, all of which have some; none where nothing is cached."""
+    if not run.cached:
+        return
     starts = [run.batch.rows[i].start for i in rows]
     ids = run.batch.tokens[run.batch.index(rows), : max(starts)]
     positions = torch.arange(max(starts), device=ids.device).expand_as(ids)
@@ -239,16 +196,6 @@ def prefix_mask(run: Run, ends: list[int]) -> Tensor:
     return mask.float().expand(len(ends), -1, -1).masked_fill(padding[:, None, :], float("-inf"))
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """The current block of some rows as a draft sees it: ``block, masked [b, L]``; ``index [b]`` are their rows."""
-
-    index: Tensor
-    block: Tensor
-    masked: Tensor
-    staged: Inputs | Staged | None = None
-
-
 def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     """Denoise the current block of ``rows`` once: a draft, and what the policy wishes to verify of it (see `drafted`).
 
@@ -263,7 +210,7 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
     ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
     view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
-    logits = run.forward("draft", rows + riders, view.staged, length, ahead)
+    logits = run.forward("draft", rows + riders, view.staged, length, ahead=ahead)
     for i in riders:
         batch.rows[i].uncommitted = False
     run.cache.commit([length] * len(riders), riders)
@@ -306,16 +253,10 @@ def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]
 
     The block of the draft is the edited one: what is verified, filled and written next builds on it.
     """
-    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
-    logits, uniform = run.rule_out(logits), None
-    if sampling.temperature >= GREEDY_BELOW:
-        uniform = batch.uniforms.take(view.index, length, length)
-    tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    better = confidence > run.options.editing.editing_threshold
-    block = batch.edit(view.index, view.block, view.masked, tokens, better)
-    entry = torch.arange(len(view.index), device=tokens.device)
-    decoded = batch.decoded[view.index]
-    draft = Draft(view.index, block, view.masked, tokens, confidence, logits, entry, decoded, sampling)
+    draft = draft_of(run, view, logits)
+    better = draft.confidence > run.options.editing.editing_threshold
+    block = run.batch.edit(view.index, view.block, view.masked, draft.tokens, better)
+    draft = replace(draft, block=block)
     return draft, wishes(run.policy, draft, whole=run.whole_verify)
 
 
@@ -325,80 +266,14 @@ def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
     return pick(run.policy, wish, run.engine, candidates, whole=run.whole_verify)
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """Rows of a draft that were verified, ``index [v]`` (None: all of them), at the in-block positions ``queries [v, M]``, and the verifier's logits."""
-
-    index: Tensor | None
-    queries: Tensor
-    logits: Tensor
-
-
-def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> Verified | None:
-    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick")."""
-    if not picked.index:
-        return None
-    index = None if len(picked.index) == len(rows) else run.batch.index(picked.index)
-    queries, staged = run.phase(verify_inputs, run, draft, index, picked.tokens, picked.queries)
-    these = [rows[k] for k in picked.index]
-    return Verified(index, queries, run.forward("verify", these, staged, picked.tokens + picked.queries))
-
-
-def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int, queries: int):
-    """``(queries [v, M], inputs)`` of a verify over the first ``tokens`` of the block; a query beyond the span stands at ``L``."""
-    part = draft if index is None else draft.select(index)
-    asked = span_inputs(part, tokens, queries, run.batch.start[part.rows], run.batch.mask_id)
-    inputs = Inputs(asked.ids, asked.positions, part.rows, asked.mask, logits_at=asked.wanted)
-    return asked.queries, run.engine.stage(inputs)
-
-
-def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
-    """Decide the step, and read which blocks are finished; if logits were not finite, say in which layer that began."""
-    try:
-        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
-    except FloatingPointError as error:
-        length = run.batch.block_length
-        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
-        positions = run.batch.positions(draft.rows).repeat(1, 2)
-        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
-        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
-        raise FloatingPointError(f"{error}, first in {layer}") from None
-
-
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
     """What the step writes: the verified prefix, then what it still owes by confidence. Returns what `Batch.settle` reads."""
-    choice, reach, finite = judged(run, draft, verified)
+    choice, reach, finite = judged(run, draft, verified, span_verdict)
     everyone = verified is not None and verified.index is None
     if not everyone or run.options.unmask.num_to_transfer > 1:  # a verified row has gained one already
         fill(run, draft, choice)
     run.policy.observe(draft, reach > 0, choice.count)
     return run.batch.record(draft, choice, reach, finite)
-
-
-def judged(run: Run, draft: Draft, verified: Verified | None) -> tuple[Choice, Tensor, Tensor]:
-    """The choice after verification, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
-    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?"""
-    if verified is not None and verified.index is None:
-        choice, reach, finite = verdict_on(run, draft, verified)
-    else:
-        choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
-        finite = torch.ones_like(draft.rows, dtype=torch.bool)
-        if verified is not None:
-            at = verified.index
-            chosen, reach[at], finite[at] = verdict_on(run, draft.select(at), verified)
-            choice.put(at, chosen)
-    if run.acceptance.always_check_high_confidence:
-        take_confident(choice, draft, run.options.unmask)
-    return choice, reach, finite
-
-
-def verdict_on(run: Run, draft: Draft, verified: Verified) -> tuple[Choice, Tensor, Tensor]:
-    """The same for a draft all of whose rows were verified."""
-    options, logits = run.options, run.rule_out(verified.logits)
-    verdict = run.judge(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
-    short = options.savings.short_verify
-    reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
-    return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
 
 
 def fill(run: Run, draft: Draft, choice: Choice) -> None:
@@ -421,28 +296,9 @@ def is_encoded(run: Run, finished: Finished) -> bool:
     return savings.reuse_verify and causal
 
 
-def commit(run: Run, finished: list[Finished]) -> None:
-    """Keep the keys and values of finished blocks: those a forward of this step computed from the final tokens, else by a forward of the final
-    tokens, now or together with the next draft. Then move the rows on."""
-    batch, length = run.batch, run.batch.block_length
-    if run.cached and finished:
-        savings = run.options.savings
-        wanted = [f for f in finished if not (f.last and savings.skip_last_commit)]
-        encoded = [f.row for f in wanted if is_encoded(run, f)]
-        now = []
-        for f in wanted:
-            if f.row not in encoded:
-                if savings.fuse_commit and not f.last:
-                    batch.rows[f.row].uncommitted = True
-                else:
-                    now.append(f.row)
-        if now:
-            index = batch.index(now)
-            mask = masks.token_causal(length, index.device) if run.cache_options.cache_ver else None
-            inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
-            run.forward("commit", now, inputs, length)
-        run.cache.commit([length] * len(encoded + now), encoded + now)
-    batch.advance([f.row for f in finished if not f.last])
+def commit_mask(run: Run, index: Tensor) -> Tensor | None:
+    """How the tokens of a finished block see each other when it is committed (None: all of them)."""
+    return masks.token_causal(run.batch.block_length, index.device) if run.cache_options.cache_ver else None
 
 
 def _lossless(options: NoCacheOptions) -> Lossless:

@@ -3,7 +3,7 @@
 Each step drafts the current block of every row, may verify the first masked span, fills the step's quota by the unmasking rule, and
 commits blocks that are finished. Plain decoding is the same loop with a policy that never verifies.
 
-What a step computes between its forwards stands in four functions of device tensors: `draft_inputs`, `drafted`, `verify_inputs` and `decided`. They read
+What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.run.verify_inputs` and `decided`. They read
 nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
 """
 
@@ -19,69 +19,29 @@ from torch import Tensor
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import Options, StandardOptions
 from shared import masks
+from shared import run as shared_run
 from shared.batch import Batch, Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
-from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft, How
-from shared.engine import Engine, Inputs, Staged
-from shared.kv_cache import BlockCache
-from shared.options import Acceptance, Cache
+from shared.engine import Engine, Inputs
 from shared.output import Completion, Lossless, Output
-from shared.phases import call
 from shared.prompts import as_prompts
-from shared.routing import Never, Policy, make_policy
-from shared.sampling import GREEDY_BELOW, sample
+from shared.routing import Never, make_policy
+from shared.run import Verified, View, commit, draft_of, judged, prefill, settle, span_verdict, verify_spans
+from shared.sampling import GREEDY_BELOW
+from shared.spans import pick, wishes
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
 from shared.unmask import unmask
-from shared.verify import Verdict, judge, losslessness, take_confident, verified_choice
-
-PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
+from shared.verify import Verdict, judge, losslessness
 
 
 @dataclass
-class Run:
-    """One decode in progress: the model, its options (resolved), and what the rows share."""
+class Run(shared_run.Run):
+    """One decode of this family in progress."""
 
-    model: SDARForCausalLM
-    options: StandardOptions
-    batch: Batch
-    engine: Engine
-    policy: Policy
-    judge: Callable[..., Verdict]
-    causal_mask: Tensor  # [L, L]
-    causal_rows: Tensor  # [rows]: first masked position of each row's last draft (draft_ver)
-    phase: Callable = call  # runs a function of device tensors, as a graph where that is possible
-    prefill_seconds: float = 0.0
-
-    @property
-    def cache(self) -> BlockCache:
-        return self.engine.cache
-
-    @property
-    def cache_options(self) -> Cache:
-        return getattr(self.options, "cache", Cache())
-
-    @property
-    def acceptance(self) -> Acceptance:
-        return getattr(self.options, "acceptance", Acceptance())
-
-    @property
-    def whole_verify(self) -> bool:
-        """Does a verify carry the whole block whatever the span?"""
-        outside = self.acceptance.ssd_ratio_threshold >= 0 and self.acceptance.ssd_threshold_all_spans
-        return outside or not self.options.savings.short_verify
-
-    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, ahead=None) -> Tensor:
-        """One pass over ``tokens`` tokens an entry, which belong to ``rows``. The mask token is ruled out by `rule_out`."""
-        self.batch.count(kind, set(rows))
-        return self.engine.run(staged, self.cache.window(tokens, rows, ahead=ahead))
-
-    def rule_out(self, logits: Tensor) -> Tensor:
-        """The logits without the mask token, unless the options allow it."""
-        if self.options.sampling.suppress_mask:
-            logits[..., self.batch.mask_id] = float("-inf")
-        return logits
+    causal_mask: Tensor | None = None  # [L, L]
+    causal_rows: Tensor | None = None  # [rows]: first masked position of each row's last draft (draft_ver)
 
 
 @torch.inference_mode()
@@ -118,17 +78,17 @@ def decode(
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
-    while prefill(run) or run.batch.active:
+    while prefill(run, encode_prompts) or run.batch.active:
         rows = run.batch.active
         draft, wish = propose(run, rows)
-        picked = route(run, rows, wish)
-        verified = verify(run, rows, draft, picked)
-        finished = stops.end(settle(run, rows, draft, verified))
+        picked = pick(run.policy, wish, run.engine, range(len(rows)), whole=run.whole_verify)
+        verified = verify_spans(run, rows, draft, picked)
+        finished = stops.end(settle(run, rows, draft, verified, decided))
         if on_block:
             limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, limit))
-        commit(run, finished)
+        commit(run, finished, is_encoded, commit_mask)
         for f in finished:
             if f.last:
                 position = run.batch.rows[f.row].position
@@ -179,7 +139,8 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
             options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
         )
     causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
-    run = Run(model, options, batch, engine, policy, judge, masks.token_causal(length, device), causal_rows)
+    causal_mask = masks.token_causal(length, device)
+    run = Run(model, options, batch, engine, policy, judge, causal_mask=causal_mask, causal_rows=causal_rows)
     constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
     run.phase = engine.phases_for(constants, [run, batch, batch.uniforms, policy])
     return run
@@ -200,32 +161,6 @@ def resolve(model: SDARForCausalLM, options: StandardOptions, tokenizer=None) ->
     return replace(options, blocks=blocks)
 
 
-def prefill(run: Run) -> bool:
-    """Admit waiting prompts and encode their whole blocks. True if any came."""
-    batch = run.batch
-    rows = batch.admit()
-    run.cache.reset(rows)
-    run.policy.reset(rows)
-    began = time.perf_counter()
-    for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
-        encode_prompts(run, group)
-    if rows and run.cache.length.is_cuda:
-        torch.cuda.synchronize(run.cache.length.device)
-    run.prefill_seconds += time.perf_counter() - began
-    return bool(rows)
-
-
-def by_tokens(lengths: dict[int, int], most: int) -> list[list[int]]:
-    """The keys in groups of at most ``most`` tokens each, padding to the longest of the group counted in (a longer text is a group of its own)."""
-    groups: list[list[int]] = []
-    for row, length in lengths.items():
-        if groups and (len(groups[-1]) + 1) * max(length, *(lengths[i] for i in groups[-1])) <= most:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
 def encode_prompts(run: Run, rows: list[int]) -> None:
     """One forward over the whole blocks of the prompts of ``rows``, all of which have some."""
     batch, length, device = run.batch, run.batch.block_length, run.cache.length.device
@@ -240,16 +175,6 @@ def encode_prompts(run: Run, rows: list[int]) -> None:
     run.cache.commit(starts, rows)
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """The current block of some rows as a draft sees it: ``block, masked [b, L]``; ``index [b]`` are their rows."""
-
-    index: Tensor
-    block: Tensor
-    masked: Tensor
-    staged: Inputs | Staged
-
-
 def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     """Denoise the current block of ``rows`` once: a draft, and what the policy wishes to verify of it (see `drafted`).
 
@@ -261,7 +186,7 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
     ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
     view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
-    logits = run.forward("draft", rows + riders, view.staged, length, ahead)
+    logits = run.forward("draft", rows + riders, view.staged, length, ahead=ahead)
     for i in riders:
         batch.rows[i].uncommitted = False
     run.cache.commit([length] * len(riders), riders)
@@ -287,128 +212,19 @@ def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | N
 
 
 def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
-    """A token and its confidence at every position, and ``[b, 3]``: does the policy want the first masked span verified, where does that end, and
-    how long is it? (None where nobody needs to read that.)"""
-    batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
-    logits, uniform = run.rule_out(logits), None
-    if sampling.temperature >= GREEDY_BELOW:
-        uniform = batch.uniforms.take(view.index, length, length)
-    tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
-    entry = torch.arange(len(view.index), device=tokens.device)
-    decoded = batch.decoded[view.index]
-    draft = Draft(view.index, view.block, view.masked, tokens, confidence, logits, entry, decoded, sampling)
-    decision = run.policy.decide(draft)
-    if run.policy.constant is False or (run.policy.constant and run.whole_verify):
-        return draft, None
-    span = draft.span_length
-    return draft, torch.stack([decision.long(), draft.first_masked + span, span], 1)
-
-
-@dataclass(frozen=True)
-class Picked:
-    """Rows of a draft to verify (indices into it), and how far: ``tokens`` of the block and ``queries`` mask tokens of the span."""
-
-    index: list[int]
-    tokens: int
-    queries: int
-
-
-def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
-    """Which rows are verified, and how much a verify of them all has to carry: one packed read, or none where every answer is known."""
-    length = run.batch.block_length
-    if wish is None:
-        return Picked(list(range(len(rows))) if run.policy.constant else [], length, length)
-    read = wish.tolist()
-    index = [k for k, (verify, _, _) in enumerate(read) if verify]
-    if run.whole_verify or not index:
-        return Picked(index, length, length)
-    tokens, queries = max(read[k][1] for k in index), max(read[k][2] for k in index)
-    return Picked(index, run.engine.verify_tokens(tokens), run.engine.queries(queries))
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """Rows of a draft that were verified, ``index [v]`` (None: all of them), at the in-block positions ``queries [v, M]``, and the verifier's logits."""
-
-    index: Tensor | None
-    queries: Tensor
-    logits: Tensor
-
-
-def verify(run: Run, rows: list[int], draft: Draft, picked: Picked) -> Verified | None:
-    """Verify the first masked span of the picked rows in one forward over [drafted block | mask queries] (S2D2, the "2L trick")."""
-    if not picked.index:
-        return None
-    index = None if len(picked.index) == len(rows) else run.batch.index(picked.index)
-    queries, staged = run.phase(verify_inputs, run, draft, index, picked.tokens, picked.queries)
-    these = [rows[k] for k in picked.index]
-    return Verified(index, queries, run.forward("verify", these, staged, picked.tokens + picked.queries))
-
-
-def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int, queries: int):
-    """``(queries [v, M], inputs)`` of a verify over the first ``tokens`` of the block; a query beyond the span stands at ``L``."""
-    batch, length = run.batch, run.batch.block_length
-    part = draft if index is None else draft.select(index)
-    filled = torch.where(part.masked, part.tokens, part.block)[:, :tokens]
-    place = torch.arange(tokens, device=filled.device).expand_as(filled)
-    asked = torch.arange(queries, device=filled.device).expand(len(filled), -1)
-    if queries < length:
-        asked = asked + part.first_masked[:, None]
-        asked = torch.where(asked < (part.first_masked + part.span_length)[:, None], asked, length)
-    ids = torch.cat([filled, torch.full_like(asked, batch.mask_id)], 1)
-    positions = batch.start[part.rows][:, None] + torch.cat([place, asked.clamp(max=length - 1)], 1)
-    mask = masks.span_verify(asked, tokens)
-    wanted = torch.arange(tokens, tokens + queries, device=filled.device).expand(len(filled), -1)
-    return asked, run.engine.stage(Inputs(ids, positions, part.rows, mask, logits_at=wanted))
-
-
-def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
-    """Decide the step, and read which blocks are finished; if logits were not finite, say in which layer that began."""
-    try:
-        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
-    except FloatingPointError as error:
-        length = run.batch.block_length
-        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
-        positions = run.batch.positions(draft.rows).repeat(1, 2)
-        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
-        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
-        raise FloatingPointError(f"{error}, first in {layer}") from None
+    """A token and its confidence at every position, and what the policy wishes to verify (`shared.spans.wishes`)."""
+    draft = draft_of(run, view, logits)
+    return draft, wishes(run.policy, draft, whole=run.whole_verify)
 
 
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
     """What the step writes: the verified prefix, then the rest of its quota by the unmasking rule. Returns what `Batch.settle` reads."""
-    choice, reach, finite = judged(run, draft, verified)
+    choice, reach, finite = judged(run, draft, verified, span_verdict)
     everyone = verified is not None and verified.index is None
     if not everyone or not run.batch.one_token_is_enough:  # a verified row has gained one already
         fill_quota(run, draft, choice)
     run.policy.observe(draft, reach > 0, choice.count)
     return run.batch.record(draft, choice, reach, finite)
-
-
-def judged(run: Run, draft: Draft, verified: Verified | None) -> tuple[Choice, Tensor, Tensor]:
-    """The choice after verification, ``reach [b]``: how many tokens of each row's drafted block are now encoded causally in the cache slots past
-    its length (0: row not verified), and ``finite [b]``: were the verifier's logits numbers?"""
-    if verified is not None and verified.index is None:
-        choice, reach, finite = verdict_on(run, draft, verified)
-    else:
-        choice, reach = Choice.none(draft), torch.zeros_like(draft.rows)
-        finite = torch.ones_like(draft.rows, dtype=torch.bool)
-        if verified is not None:
-            at = verified.index
-            chosen, reach[at], finite[at] = verdict_on(run, draft.select(at), verified)
-            choice.put(at, chosen)
-    if run.acceptance.always_check_high_confidence:
-        take_confident(choice, draft, run.options.unmask)
-    return choice, reach, finite
-
-
-def verdict_on(run: Run, draft: Draft, verified: Verified) -> tuple[Choice, Tensor, Tensor]:
-    """The same for a draft all of whose rows were verified."""
-    options, logits = run.options, run.rule_out(verified.logits)
-    verdict = run.judge(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
-    short = options.savings.short_verify
-    reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
-    return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
 
 
 def fill_quota(run: Run, draft: Draft, choice: Choice) -> None:
@@ -422,39 +238,19 @@ def fill_quota(run: Run, draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED, key)
 
 
-def commit_mask(run: Run, index: Tensor) -> Tensor:
-    """``[b, L, L]``: how the tokens of a finished block see each other when it is committed."""
+def is_encoded(run: Run, finished: Finished) -> bool:
+    """Are the keys a commit would compute in the cache already, written by this step's verify?"""
+    reuse = run.options.savings.reuse_verify and run.cache_options.cache_ver
+    return reuse and finished.verified_to == run.batch.block_length
+
+
+def commit_mask(run: Run, index: Tensor) -> Tensor | None:
+    """``[b, L, L]``: how the tokens of a finished block see each other when it is committed (None: all of them)."""
     length = run.batch.block_length
     if run.cache_options.cache_ver:
         return run.causal_mask.expand(len(index), length, length)
     # The published draft_ver leaves the rows it made causal as they are, so the commit of a block inherits them.
-    until = run.causal_rows[index] if run.cache_options.draft_ver else torch.zeros_like(index)
-    return masks.causal_until(until, length)
-
-
-def commit(run: Run, finished: list[Finished]) -> None:
-    """Keep the keys and values of finished blocks: those of the verify forward where it saw the final tokens, else by a forward of the final
-    tokens, now or together with the next draft. Then move the rows on."""
-    if not finished:
-        return
-    savings, batch, length = run.options.savings, run.batch, run.batch.block_length
-    wanted = [f for f in finished if not (f.last and savings.skip_last_commit)]
-    reuse = savings.reuse_verify and run.cache_options.cache_ver
-    encoded = [f.row for f in wanted if reuse and f.verified_to == length]
-    now = []
-    for f in wanted:
-        if f.row not in encoded:
-            if savings.fuse_commit and not f.last:
-                batch.rows[f.row].uncommitted = True
-            else:
-                now.append(f.row)
-    if now:
-        index = batch.index(now)
-        mask = commit_mask(run, index) if run.cache_options.cache_ver or run.cache_options.draft_ver else None
-        inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
-        run.forward("commit", now, inputs, length)
-    run.cache.commit([length] * len(encoded + now), encoded + now)
-    batch.advance([f.row for f in finished if not f.last])
+    return masks.causal_until(run.causal_rows[index], length) if run.cache_options.draft_ver else None
 
 
 def _lossless(options: StandardOptions) -> Lossless:

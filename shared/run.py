@@ -5,6 +5,7 @@ A family's loop says what a forward reads and when; these leaves are the same fo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.batch import Batch
+from shared import masks
+from shared.batch import Batch, Finished, by_tokens
+from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft
 from shared.engine import Engine, Inputs, Staged
 from shared.kv_cache import BlockCache
@@ -22,6 +25,8 @@ from shared.routing import Policy
 from shared.sampling import GREEDY_BELOW, sample
 from shared.spans import Picked, span_inputs
 from shared.verify import Verdict, take_confident, verified_choice
+
+PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
 
 
 @dataclass
@@ -144,3 +149,64 @@ def span_verdict(run: Run, draft: Draft, verified: Verified) -> Judged:
     short = options.savings.short_verify
     reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
     return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
+
+
+def settle(
+    run: Run, rows: list[int], draft: Draft, verified: Verified | None, decided: Callable[..., Tensor]
+) -> list[Finished]:
+    """Decide the step by the phase ``decided(run, draft, verified)``, and read which blocks are finished; if logits were not finite, say in which layer
+    that began."""
+    try:
+        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+    except FloatingPointError as error:
+        length = run.batch.block_length
+        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
+        positions = run.batch.positions(draft.rows).repeat(1, 2)
+        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
+        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
+        raise FloatingPointError(f"{error}, first in {layer}") from None
+
+
+def prefill(run: Run, encode_prompts: Callable[[Run, list[int]], None]) -> bool:
+    """Admit waiting prompts and encode their whole blocks, some rows at a time. True if any came."""
+    batch = run.batch
+    rows = batch.admit()
+    run.cache.reset(rows)
+    run.policy.reset(rows)
+    began = time.perf_counter()
+    for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
+        encode_prompts(run, group)
+    if rows and run.cache.length.is_cuda:
+        torch.cuda.synchronize(run.cache.length.device)
+    run.prefill_seconds += time.perf_counter() - began
+    return bool(rows)
+
+
+def commit(
+    run: Run,
+    finished: list[Finished],
+    is_encoded: Callable[[Run, Finished], bool],
+    commit_mask: Callable[[Run, Tensor], Tensor | None],
+) -> None:
+    """Keep the keys and values of finished blocks: those a forward of this step computed from the final tokens (``is_encoded``), else by a forward of
+    the final tokens, now or together with the next draft. Then move the rows on. ``commit_mask(run, index)``: how the tokens of those blocks see each
+    other."""
+    if not finished:
+        return
+    savings, batch, length = run.options.savings, run.batch, run.batch.block_length
+    wanted = [f for f in finished if not (f.last and savings.skip_last_commit)]
+    encoded = [f.row for f in wanted if is_encoded(run, f)]
+    now = []
+    for f in wanted:
+        if f.row not in encoded:
+            if savings.fuse_commit and not f.last:
+                batch.rows[f.row].uncommitted = True
+            else:
+                now.append(f.row)
+    if now:
+        index = batch.index(now)
+        mask = commit_mask(run, index)
+        inputs = Inputs(batch.block(index), batch.positions(index), index, mask, logits_at=slice(0, 0))
+        run.forward("commit", now, inputs, length)
+    run.cache.commit([length] * len(encoded + now), encoded + now)
+    batch.advance([f.row for f in finished if not f.last])

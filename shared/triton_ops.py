@@ -517,6 +517,48 @@ def _share(length, BLOCK_S: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @jit
+def _pair_scores(q1, q2, k1, k2, scale):
+    """Scores ``[M, S]`` of rotated queries and keys, each as both channels of its pairs."""
+    scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    return tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
+
+
+@jit
+def _attend_cache(
+    q1, q2, keys, values, mask, mask_row, live, first, last, length, offset, tokens, scale,
+    D: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, MOVED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of queries over the slots ``[first, last)`` of a head's ``keys`` and ``values``. ``MOVED``: without the
+    ``tokens`` slots that this forward writes, and from ``length`` on under the mask at ``mask_row [M]``.
+    """
+    d, channel = tl.arange(0, D), _first_of_pair(TURN, WIDE)
+    half_in = tl.arange(0, WIDE) < D // 2
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for s0 in range(first, last, BLOCK_S):
+        slot = s0 + tl.arange(0, BLOCK_S)
+        held = slot < last
+        if MOVED:
+            column = slot - length
+            held = held & ((column < offset) | (column >= offset + tokens))
+        k_at = keys + slot[:, None] * D + channel[None, :]
+        keep = held[:, None] & half_in[None, :]
+        k1 = tl.load(k_at, mask=keep, other=0.0)
+        k2 = tl.load(k_at + TURN, mask=keep, other=0.0)
+        v = tl.load(values + slot[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
+        allowed = held[None, :]
+        if MOVED and MASKED:
+            beside = live[:, None] & (held & (column >= 0))[None, :]
+            seen = tl.load(mask + mask_row[:, None] + column[None, :], mask=beside, other=1)
+            allowed = allowed & (seen != 0)
+        scores = tl.where(allowed, _pair_scores(q1, q2, k1, k2, scale), float("-inf"))
+        top, total, acc = _softmax_step(scores, v, top, total, acc)
+    return top, total, acc
+
+
+@jit
 def _attend_split_kernel(
     qkv, out, keys, values, prefixes, rows, offsets, positions, cos, sin, q_weight, k_weight, mask, partial, softmax,
     eps, scale, tokens, columns, slots, mask_stride, m_tiles,
@@ -541,7 +583,7 @@ def _attend_split_kernel(
     offset, reach = 0, length
     if MOVED:
         offset = tl.load(offsets + seq).to(tl.int32)
-        reach = length + columns
+        reach = tl.where(real, length + columns, 0)
     chunk, _ = _share(reach, BLOCK_S, SPLITS)
     local = split == SPLITS - 1
     first = split * chunk
@@ -568,34 +610,13 @@ def _attend_split_kernel(
             qkv + (here + token) * stride + head * D, live, c, s, q_weight, eps, NORMED, HALF, TURN, WIDE
         )
 
-        d = tl.arange(0, D)
-        channel = _first_of_pair(TURN, WIDE)
+        d, channel = tl.arange(0, D), _first_of_pair(TURN, WIDE)
         half_in = tl.arange(0, WIDE) < HALF
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, D], tl.float32)
-        for s0 in range(first, last, BLOCK_S):
-            slot = s0 + tl.arange(0, BLOCK_S)
-            held = slot < last
-            if MOVED:
-                column = slot - length
-                held = held & ((column < offset) | (column >= offset + tokens))
-            k_at = keys + cached + slot[:, None] * D + channel[None, :]
-            keep = held[:, None] & half_in[None, :]
-            k1 = tl.load(k_at, mask=keep, other=0.0)
-            k2 = tl.load(k_at + TURN, mask=keep, other=0.0)
-            v = tl.load(values + cached + slot[:, None] * D + d[None, :], mask=held[:, None], other=0.0)
-            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
-            allowed = held[None, :]
-            if MOVED and MASKED:
-                beside = live[:, None] & (held & (column >= 0))[None, :]
-                seen = tl.load(
-                    mask + seq * mask_stride + token[:, None] * columns + column[None, :], mask=beside, other=1
-                )
-                allowed = allowed & (seen != 0)
-            scores = tl.where(allowed, scores, float("-inf"))
-            top, total, acc = _softmax_step(scores, v, top, total, acc)
+        mask_row = seq * mask_stride + token * columns
+        top, total, acc = _attend_cache(
+            q1, q2, keys + cached, values + cached, mask, mask_row, live, first, last, length, offset, tokens, scale,
+            D, TURN, WIDE, MASKED, MOVED, BLOCK_M, BLOCK_S,
+        )  # fmt: skip
 
         if local:
             t = tl.arange(0, BLOCK_T)
@@ -615,12 +636,9 @@ def _attend_split_kernel(
                 tl.store(values + cached + slot[:, None] * D + d[None, :], v, mask=fits[:, None])
             allowed = live[:, None] & fresh[None, :]
             if MASKED:
-                column = (offset + t)[None, :]
-                seen = tl.load(mask + seq * mask_stride + token[:, None] * columns + column, mask=allowed, other=0)
+                seen = tl.load(mask + mask_row[:, None] + (offset + t)[None, :], mask=allowed, other=0)
                 allowed = allowed & (seen != 0)
-            scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-            scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee") * scale
-            scores = tl.where(allowed, scores, float("-inf"))
+            scores = tl.where(allowed, _pair_scores(q1, q2, k1, k2, scale), float("-inf"))
             top, total, acc = _softmax_step(scores, v, top, total, acc)
 
         vector = (here + token) * G * H_KV + head
@@ -645,8 +663,8 @@ def _merge_splits_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     token, kv = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seq = token // tokens
-    length = tl.where(tl.load(rows + seq) >= 0, tl.load(prefixes + seq), 0).to(tl.int32)
-    _, busy = _share(length + beside, BLOCK_S, SPLITS)
+    reach = tl.where(tl.load(rows + seq) >= 0, tl.load(prefixes + seq) + beside, 0).to(tl.int32)
+    _, busy = _share(reach, BLOCK_S, SPLITS)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     group, part, d = tl.arange(0, GROUP), tl.arange(0, PARTS), tl.arange(0, D)

@@ -22,11 +22,8 @@ from llada2.options import (
     StandardOptions,
     plain,
 )
-from shared.engine import Engine
 from shared.errors import UserError
-from shared.phases import Phases
 from tests import family_checks as checks
-from tests.recorder import recorder
 
 FOLDER = checks.golden_folder("LLaDA2")
 
@@ -125,15 +122,10 @@ EVERY = [
 each_setting = pytest.mark.parametrize(
     ("decoder", "flat"), [pytest.param(d, {**BASE, **f}, id=f"{d}-{n}") for d, n, f in EVERY]
 )
-CHEAP = {
-    "score-margin",
-    "score-entropy",
-    "score-linear",
-    "score-negexp",
-    "verify-temperature",
-}  # differ on one line from others
+# Each of these differs from another setting on one line.
+ALIKE = ("score-margin", "score-entropy", "score-linear", "score-negexp", "verify-temperature")
 each_distinct_setting = pytest.mark.parametrize(
-    ("decoder", "flat"), [pytest.param(d, {**BASE, **f}, id=f"{d}-{n}") for d, n, f in EVERY if n not in CHEAP]
+    ("decoder", "flat"), [pytest.param(d, {**BASE, **f}, id=f"{d}-{n}") for d, n, f in EVERY if n not in ALIKE]
 )
 SAVED = [
     ("plain", "default"), ("plain", "posts"), ("plain", "unedited-post"), ("plain", "block1"),
@@ -158,25 +150,12 @@ def test_unsaved_equals_reference(decoder, flat):
 
 @each_saved_setting
 def test_captured_phases_change_nothing(decoder, flat, monkeypatch):
-    """What runs between forwards, replayed into fixed memory as graphs would be: ids, order, edits and forwards stay."""
-    prompts = checks.draw_prompts(3, seed=12)
-    run = lambda: family().run(decoder, prompts, flat, seed=6, batch_size=2)  # noqa: E731
-    plain, made = run(), []
-
-    def phases_for(engine, signature, owners):
-        made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
-        return made[-1]
-
-    monkeypatch.setattr(Engine, "phases_for", phases_for)
-    captured = run()
-    assert made[0]._captured, "nothing was captured"
-    assert captured.tokens == plain.tokens
-    assert [c.trace for c in captured.completions] == [c.trace for c in plain.completions]
+    checks.check_captured_phases(family(), decoder, flat, checks.draw_prompts(3, seed=12), 2, monkeypatch)
 
 
 @each_distinct_setting
 def test_batch_equals_alone(decoder, flat):
-    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(4, seed=2), rows=3)
+    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(3, seed=2), rows=2)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32])
@@ -188,12 +167,17 @@ def test_different_prompts_in_one_batch(decoder, flat, rows):
     checks.check_batch_equals_alone(family(), decoder, {**BASE, "max_new_tokens": 9, **flat}, prompts, rows=rows)
 
 
-@each_setting
+@each_distinct_setting
 def test_trace_covers_every_position_once(decoder, flat):
     """What was decided; what became of it is in the edits."""
     if not flat.get("trim_stop_tokens", True):
         flat = {**flat, "eos_early_stop": True}
     checks.check_trace_covers(family(), decoder, flat, checks.draw_prompts(3, seed=3))
+
+
+@lru_cache(maxsize=200)
+def run_alone(decoder: str, flat: tuple):
+    return family().run(decoder, checks.draw_prompts(2, seed=8), dict(flat), seed=5, batch_size=1)
 
 
 @pytest.mark.parametrize("saving", UNSAVED["speculative"])
@@ -204,9 +188,8 @@ def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
         with pytest.raises(UserError, match=f"unknown option '{saving}'"):
             family().run(decoder, [[1, 2]], {**flat, saving: True})
         return
-    prompts, unsaved, call = checks.draw_prompts(2, seed=8), UNSAVED[decoder], {"seed": 5, "batch_size": 1}
-    full = family().run(decoder, prompts, {**flat, **unsaved}, **call)
-    saved = family().run(decoder, prompts, {**flat, **unsaved, saving: True}, **call)
+    full = run_alone(decoder, tuple({**flat, **UNSAVED[decoder]}.items()))
+    saved = run_alone(decoder, tuple({**flat, **UNSAVED[decoder], saving: True}.items()))
     assert saved.tokens == full.tokens
     assert [c.trace.order() for c in saved.completions] == [c.trace.order() for c in full.completions]
     assert [c.trace.edits for c in saved.completions] == [c.trace.edits for c in full.completions]
@@ -229,7 +212,9 @@ def test_a_short_verify_touches_fewer_experts(monkeypatch):
     gates = [layer.mlp.gate for layer in family().model.model.layers if hasattr(layer.mlp, "gate")]
     note = lambda gate, args, out: touched.update({(name, kinds[-1]): len(out[0].unique())})  # noqa: E731
     handles = [gate.register_forward_hook(note) for gate in gates]
-    monkeypatch.setattr(decoding.Run, "forward", lambda run, kind, *a: kinds.append(kind) or original(run, kind, *a))
+    monkeypatch.setattr(
+        decoding.Run, "forward", lambda run, kind, *a, **k: kinds.append(kind) or original(run, kind, *a, **k)
+    )
     for name, short in (("short", True), ("whole", False)):
         out = family().run("speculative", [[1, 2, 3]], {**BASE, "do_verify_policy": "always", "short_verify": short})
         tokens[name] = out.batch_tokens["verify"]

@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from sdar import SDARForCausalLM, decoding, generate, generate_ssd_policy, reference
+from sdar import SDARForCausalLM, generate, generate_ssd_policy, reference
 from sdar.options import PRESETS, Options, StandardOptions
 from shared.errors import UserError
 from tests import family_checks as checks
@@ -304,17 +304,3 @@ def test_presets_are_options():
     for name, flat in PRESETS.items():
         assert Options.from_flat(flat), name
     assert json.dumps(Options.from_flat(PRESETS["paper-a"]).to_flat())
-
-
-def test_prompts_are_encoded_in_groups_of_bounded_size(monkeypatch):
-    assert decoding.by_tokens({0: 4, 3: 4, 5: 4}, 8) == [[0, 3], [5]]
-    assert decoding.by_tokens({0: 4, 3: 40, 5: 4}, 8) == [[0], [3], [5]]
-    assert decoding.by_tokens({0: 2, 1: 4, 2: 2}, 12) == [[0, 1, 2]]
-    assert decoding.by_tokens({}, 8) == []
-    prompts = checks.draw_prompts(5, low=9)
-    whole = family().run("speculative", prompts, BASE)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 32)
-    parts = family().run("speculative", prompts, BASE)
-    assert parts.tokens == whole.tokens
-    assert parts.batch_forwards["prefill"] > whole.batch_forwards["prefill"] == 1
-    assert [c.trace.forwards for c in parts.completions] == [c.trace.forwards for c in whole.completions]

@@ -114,6 +114,27 @@ def test_narrow_chain(tokens, plan, dtype):
 @pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_narrow_bias(plan, dtype):
+    """Added once, after the norm's division and before the residual stream."""
+    x, weight, bias = (_random(*shape, dtype=dtype) for shape in ((5, 96), (80, 96), (80,)))
+    work, table = ops.Workspace(DEVICE), _random(9, 96, dtype=dtype)
+    plain = ops.narrow_matmul(x, weight, x.new_empty(5, 80), plan, work, bias=bias)
+    assert _error(plain, x.double() @ weight.double().T + bias.double()) < TOLERANCE[dtype]
+    before, ones = _random(5, 80, dtype=dtype), torch.ones(80, dtype=dtype, device=DEVICE)
+    stream, norm = before.clone(), ops.Norm(ones, torch.empty_like(before))
+    ops.narrow_matmul(x, weight, stream, plan, work, bias=bias, residual=norm)
+    assert _error(stream, before.double() + x.double() @ weight.double().T + bias.double()) < TOLERANCE[dtype]
+    norm = ops.Norm(torch.ones_like(table[0]), torch.empty_like(x))
+    rows = ops.embed(torch.arange(5, device=DEVICE), table, norm, work)
+    scaled = ops.narrow_matmul(norm.normed, weight, x.new_empty(5, 80), plan, work, scale_eps=1e-6, bias=bias)
+    want = _norm(rows, norm.weight, 1e-6) @ weight.double().T + bias.double()
+    assert _error(scaled, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_embed_prepares_the_norm(dtype):
     table, weight, work = _random(50, 96, dtype=dtype), _random(96, dtype=dtype), ops.Workspace(DEVICE)
     ids = torch.randint(50, (7,), device=DEVICE)
@@ -131,7 +152,7 @@ def test_embed_prepares_the_norm(dtype):
 class Case:
     """A random cache, raw projections, and what attention over them must give, in float64."""
 
-    def __init__(self, lengths, rows, tokens, heads, dtype, slots, mask=None, offset=0):
+    def __init__(self, lengths, rows, tokens, heads, dtype, slots, mask=None, offset=0, turn=None, normed=True):
         b, dim = len(rows), heads.dim
         self.heads, self.rows, self.tokens, self.mask, self.offset, self.dtype = (
             heads,
@@ -152,17 +173,17 @@ class Case:
             self.place = dataclasses.replace(self.place, offsets=offsets, width=offset + tokens)
         self.qkv = _random(b * tokens, heads.width, dtype=dtype)
         self.raw = self.qkv.clone()
-        angle = torch.randn(4096, dim // 2, device=DEVICE)
-        self.norm = ops.QKNorm(
-            _random(dim, dtype=dtype), _random(dim, dtype=dtype), angle.cos().to(dtype), angle.sin().to(dtype), 1e-6
-        )
+        angle = torch.randn(4096, turn or dim // 2, device=DEVICE)
+        weights = [_random(dim, dtype=dtype) if normed else None for _ in range(2)]
+        self.norm = ops.QKNorm(*weights, angle.cos().to(dtype), angle.sin().to(dtype), 1e-6)
         self.positions = torch.randint(4096, (b, tokens), device=DEVICE)
 
     def _rotated(self, x, weight, positions):
-        x = _norm(x, weight, self.norm.eps).to(self.dtype).double()
+        x = (x if weight is None else _norm(x, weight, self.norm.eps).to(self.dtype)).double()
         cos, sin = (t[positions].double()[:, None] for t in (self.norm.cos, self.norm.sin))
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(self.dtype)
+        turned = 2 * cos.shape[-1]
+        a, b = x[..., :turned].chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., turned:]], -1).to(self.dtype)
 
     def expected(self, i):
         """Output ``[T, H * D]`` of row i, its new keys and values ``[H_kv, T, D]``. What lies between prefix and offset is seen."""
@@ -234,6 +255,20 @@ def test_attend_split_shapes(heads, dtype):
     for offset in (0, 5):
         case = Case([511, 1, 0, 17], [3, -1, 0, 2, 1], 16, heads, dtype, 544, offset=offset)
         case.check(ops.attend_split(case.qkv, case.positions, case.place, heads, case.norm))
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("dim", "turn"), [(32, 8), (128, 32), (16, 4)])
+def test_a_part_of_each_head_is_rotated(dim, turn, normed, dtype):
+    heads = ops.Heads(4, 2, dim)
+    case = Case([33, 0, 5], [0, 2], 8, heads, dtype, 64, turn=turn, normed=normed)
+    case.check(ops.attend_split(case.qkv, case.positions, case.place, heads, case.norm))
+    case = Case([33, 0, 5], [0, 2], 8, heads, dtype, 64, turn=turn, normed=normed)
+    ops.rope_write(case.qkv, case.positions, case.place, heads, case.norm)
+    case.check(ops.attend_long(case.qkv, case.place, heads, 2))
 
 
 @pytest.mark.gpu
