@@ -145,8 +145,8 @@ def quiet() -> Iterator[None]:
 
 
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
-    """The name of a cell: whatever changes its figures changes it."""
-    what = [setting.family, setting.decoder, setting.pretrained, setting.preset, setting.options, asked.task, asked.metric,
+    """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
+    what = [setting.family, setting.decoder, setting.pretrained, setting.resolved(), asked.task, asked.metric,
             grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 

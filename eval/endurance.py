@@ -26,7 +26,7 @@ KEPT = (
     "n-samples",
     "higher_is_better",
 )  # of lm-eval's results file: what does not tell the time
-_PRELOADED = ["eval.model", "eval.code_eval", "lm_eval.evaluator", "lm_eval._cli", "datasets", "transformers"]
+_PRELOADED = ["eval.model", "evaluate", "sdar.generate_ssd_policy", "lm_eval.evaluator", "lm_eval._cli", "datasets"]
 
 
 def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[str]:
@@ -37,7 +37,11 @@ def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[st
 
 
 def run_cli(flags: list[str], log: str | None = None) -> None:
-    """`python -m eval` in this process, looking for tasks in this repository only (the whole index takes ten seconds). ``log`` takes what it prints."""
+    """`python -m eval` in this process; ``log`` takes what it prints.
+
+    Without two things that take seconds and have no part in this: lm-eval's index of all public tasks, and its questions to pip.
+    """
+    import lm_eval.evaluator
     from lm_eval.tasks import TaskManager
 
     from eval.__main__ import main
@@ -49,6 +53,7 @@ def run_cli(flags: list[str], log: str | None = None) -> None:
     sys.argv = ["eval", "run", *flags]
     known = TaskManager.__init__
     TaskManager.__init__ = lambda self, *a, **k: known(self, include_path=str(TASKS), include_defaults=False)
+    lm_eval.evaluator.add_env_info = lambda results: None
     main()
 
 

@@ -41,6 +41,12 @@ class Setting:
     preset: str | None = None
     options: dict = field(default_factory=dict)
 
+    def resolved(self) -> dict:
+        """Every option of the decoder, the preset's and the defaults among them."""
+        decoder = family_named(self.family).decoders[self.decoder]
+        below = decoder.preset(self.preset) if self.preset else {}
+        return decoder.options_class.from_flat({**below, **self.options}).to_flat()
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -125,15 +131,15 @@ def settings_of(run: dict) -> Iterator[Setting]:
     options, preset = run.get("options") or {}, run.get("preset")
     swept = {k: v for k, v in options.items() if isinstance(v, list)}
     fixed = {k: v for k, v in options.items() if k not in swept}
-    below = family.decoders[decoder].preset(preset) if preset else {}
     for (variant, more), *values in itertools.product((run.get("variants") or {"": {}}).items(), *swept.values()):
         flat = {**fixed, **dict(zip(swept, values, strict=True)), **more}
-        family.decoders[decoder].options_class.from_flat({**below, **flat})
         words = {**flat, "variant": variant, "decoder": decoder, "family": run.get("family", "SDAR")}
         name = _filled(run.get("name") or _plain_name(decoder, preset, variant, swept), words)
         group = _filled(run.get("group") or decoder, words)
         pretrained = run.get("pretrained") or family.shipped
-        yield Setting(name, run.get("family", "SDAR"), decoder, pretrained, group, preset, flat)
+        setting = Setting(name, run.get("family", "SDAR"), decoder, pretrained, group, preset, flat)
+        setting.resolved()  # unknown names and impossible values are told before anything is measured
+        yield setting
 
 
 def _plain_name(decoder: str, preset: str | None, variant: str, swept: dict) -> str:

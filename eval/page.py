@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from string import Template
 
-from eval.families import family_named
+from eval.grid import Setting
 from eval.results import COSTS, winners
 
 _FILES = Path(__file__).parent / "report"
@@ -43,10 +43,10 @@ def render(results: dict, cells: list[dict], pictures: dict[str, Path]) -> str:
 
 def replays_of(cell: dict) -> list[dict]:
     """The decodes of a cell that the page can play."""
-    decoder = family_named(cell["family"]).decoders[cell["decoder"]]
-    preset = decoder.preset(cell["preset"]) if cell["preset"] else {}
-    flat = decoder.options_class.from_flat({**preset, **cell["options"]}).to_flat()
-    about = {k: cell[k] for k in ("family", "setting", "task")} | {"threshold": flat["confidence_threshold"]}
+    setting = Setting(cell["setting"], cell["family"], cell["decoder"], "", "", cell["preset"], cell["options"])
+    about = {k: cell[k] for k in ("family", "setting", "task")} | {
+        "threshold": setting.resolved()["confidence_threshold"]
+    }
     solved = dict(zip(map(str, cell["docs"]), cell["values"], strict=True))
     return [{**about, "doc": int(d), "solved": solved[d] > 0.5, **replay} for d, replay in cell["replay"].items()]
 
