@@ -4,6 +4,7 @@ python -m eval.benchmark                                    # the shipped checkp
 python -m eval.benchmark --family Fast-dLLM-v2              # that family's shipped checkpoint
 python -m eval.benchmark --shape sdar-8b --accept 5         # random weights of a named shape, acceptance by a script
 python -m eval.benchmark --shape llada2-mini --decodes false  # forwards alone
+python -m eval.benchmark --readme SDAR/README.md              # rewrite the tables that a README makes from recorded results
 python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"block_length": 16}'
 
 Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes. The floor of a forward is what its bytes or its
@@ -18,6 +19,7 @@ import argparse
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,12 @@ import torch
 from torch import Tensor
 
 from eval.roofline import Machine, Touched, Work, expert_layers, expert_sizes, forward_work, timed, touched_experts
+from eval.speed_tables import refreshed
 from eval.subjects import SHAPES, SUBJECTS, Kind, Subject, named, random_model, subject_of
 from shared import masks
 from shared.engine import Engine
 from shared.errors import run_main
+from shared.graphs import GraphRunner
 from shared.hf_style import HFStyle
 from shared.loading import resolve_device, resolve_dtype
 from shared.options import Runtime
@@ -127,10 +131,20 @@ def prompts_of(model, rows: int, context: int) -> list[list[int]]:
     return [[rng.randrange(vocabulary(model)) for _ in range(context)] for _ in range(rows)]
 
 
+def seconds_in_graphs(runner: GraphRunner, replays: Counter, device) -> float:
+    """What ``replays`` of a decode took: each shape timed on the inputs it was given last, times how often it was replayed."""
+    seconds = {shape: timed(lambda shape=shape: runner.replay(shape, shape.leading), device) for shape in replays}
+    return sum(count * seconds[shape] for shape, count in replays.items())
+
+
 def measure_decode(
     name: str, decode: Callable[..., Output], model, rows: int, args, draft: float, verify: float, **flat
 ) -> dict:
-    """One decode of ``rows`` prompts at once, after one to warm up. ``draft`` and ``verify`` are seconds of those forwards at this batch size."""
+    """One decode of ``rows`` prompts at once, after one to warm up.
+
+    The time outside forwards is that of the decode less its forwards, each by its shape; without graphs by ``draft`` and ``verify``, seconds of those
+    forwards at this batch size.
+    """
     prompts = prompts_of(model, rows, args.context)
     call = {"block_length": args.block_length, "max_new_tokens": args.new_tokens, "stopping_criteria_idx": (), **flat}
     runtime = {"fast": args.fast, "graphs": args.graphs}
@@ -139,10 +153,15 @@ def measure_decode(
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    runner = getattr(getattr(model, "last_engine", None), "runner", None)
+    before = Counter(runner.replays) if runner else None
     output = decode(model, prompts, **call, **runtime)
     spent, steps = output.batch_forwards, output.batch_forwards["draft"]
     forwards = sum(spent.values()) - spent.get("prefill", 0)
-    inside = (steps + spent.get("commit", 0)) * draft + spent.get("verify", 0) * verify
+    if runner:
+        inside = seconds_in_graphs(runner, runner.replays - before, model.device)
+    else:
+        inside = (steps + spent.get("commit", 0)) * draft + spent.get("verify", 0) * verify
     decoding = output.seconds - output.prefill_seconds
     line = {
         "decode": name,
@@ -226,6 +245,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
     parser.add_argument("--profile", help="write kernel names and times of one S2D2 step at batch 1 to this file")
     parser.add_argument("--json", help="also write the result to this file")
+    parser.add_argument("--readme", nargs="+", help="rewrite the marked tables of these files and measure nothing")
     return parser.parse_args(argv)
 
 
@@ -278,6 +298,10 @@ def measure_decodes(model, subject: Subject, times: dict, args) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.readme:
+        for path in map(Path, args.readme):
+            path.write_text(refreshed(path.read_text(encoding="utf-8"), Path(__file__).parents[1]), encoding="utf-8")
+        return
     subject = subject_of(args.family, args.shape, args.model)
     model = load(args, subject)
     machine = Machine.measure(model.device, model.dtype)

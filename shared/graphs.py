@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class GraphRunner:
         self.device = torch.device(device)
         self.captured: dict[Shape, _Captured] = {}
         self.seconds = 0.0  # spent capturing
+        self.replays: Counter[Shape] = Counter()
         self._pool: tuple[int, int] | None = None
         self._logits: dict[bool, Tensor] = {}  # lasting, not lasting
 
@@ -188,6 +190,7 @@ class GraphRunner:
     def replay(self, shape: Shape, leading: int) -> Tensor:
         """Run the graph whose inputs have been staged; logits of its ``leading`` first entries."""
         captured = self.captured[shape]
+        self.replays[shape] += 1
         captured.graph.replay()
         return captured.logits[:leading]
 

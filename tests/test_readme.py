@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import compare, results
+from eval import compare, results, speed_tables
 from eval.model import DraftAndVerifyLM
 from sdar import generate, generate_ssd_policy
 from shared.cli import parse
@@ -109,6 +109,9 @@ def test_tables_are_fresh(readme):
     name = readme.relative_to(ROOT)
     assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.docs {name}"
     assert results.refreshed(readme.read_text(), ROOT) == readme.read_text(), "run: python -m eval.compare --readme"
+    assert speed_tables.refreshed(readme.read_text(), ROOT) == readme.read_text(), (
+        f"run: python -m eval.benchmark --readme {name}"
+    )
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))

@@ -1,0 +1,56 @@
+"""Tables of READMEs from what `eval.benchmark` recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from shared.errors import UserError
+
+_MARKED = re.compile(r"(<!-- benchmark: (\S+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+
+
+def speed_tables(result: dict) -> str:
+    """The machine, its forwards against their floors, and the decodes, as Markdown."""
+    machine = result["machine"]
+    lines = [
+        f"{machine['name']}, torch {result['torch']}: reads {machine['read_bytes_per_second'] / 1e12:.2f} TB/s, {result['dtype']} products "
+        f"{machine['operations_per_second'] / 1e12:.0f} TFLOP/s. Context {result['context']}, block length {result['block_length']}; "
+        f"{result['capture_seconds']:.0f} s to capture graphs.",
+        "",
+        "| forward | ms | floor ms | over the floor |",
+        "|---|---|---|---|",
+    ]
+    for r in result["forwards"]:
+        lines.append(f"| {r['forward']} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['over_floor']:.2f} x |")
+    if result["decodes"]:
+        head = ["decode", "tokens/s", "forwards/token", "ms a forward in the loop", "ms a step outside forwards"]
+        head.append("memory over weights and cache")
+        lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for r in result["decodes"]:
+        outside, memory = r.get("ms_per_step_outside_forwards"), r.get("peak_memory_over_weights_and_cache")
+        cells = [
+            f"{r['decode']}, batch {r['rows']}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['forwards_per_token']:.3f}",
+            f"{r['ms_per_forward_in_loop']:.2f}",
+            "" if outside is None else f"{outside:.2f}",
+            "" if memory is None else f"{memory:.3f} x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def refreshed(text: str, root: Path) -> str:
+    """``text`` with what stands between ``<!-- benchmark: FILE -->`` and ``<!-- /benchmark -->`` made anew from the JSON ``root / FILE``."""
+
+    def table(match: re.Match) -> str:
+        path = root / match[2]
+        if not path.is_file():
+            raise UserError(
+                f"a README asks for {match[2]}, which is not there. Allowed: what eval.benchmark --json wrote"
+            )
+        return match[1] + speed_tables(json.loads(path.read_text(encoding="utf-8"))) + match[3]
+
+    return _MARKED.sub(table, text)
