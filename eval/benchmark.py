@@ -16,6 +16,7 @@ then one JSON line, always last.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import time
@@ -29,10 +30,10 @@ from torch import Tensor
 
 from eval.roofline import Machine, Touched, Work, expert_layers, expert_sizes, forward_work, timed, touched_experts
 from eval.speed_tables import refreshed
-from eval.subjects import SHAPES, SUBJECTS, Kind, Subject, named, random_model, subject_of
+from eval.subjects import SHAPES, SUBJECTS, Kind, Subject, random_model, subject_of
 from shared import masks
 from shared.engine import Engine
-from shared.errors import run_main
+from shared.errors import UserError, run_main
 from shared.graphs import GraphRunner
 from shared.hf_style import HFStyle
 from shared.loading import resolve_device, resolve_dtype
@@ -186,9 +187,18 @@ def measure_decode(
     return line
 
 
+def imported(target: str, field: str):
+    """What ``module:name``, the value of ``field``, stands for; `UserError` if it cannot be imported."""
+    module, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{field} {target!r} cannot be imported ({error}). Allowed: MODULE:NAME") from error
+
+
 def against(target: str, kwargs: dict, model, args) -> dict:
     """The same prompt and weights through a decoder with the published signature: ``function(model, input_ids, **kwargs)``."""
-    decode = named(target, "vs")
+    decode = imported(target, "vs")
     ids = torch.tensor(prompts_of(model, 1, args.context), device=model.device)
     style, seconds = HFStyle(model), []
     for _ in range(2):
@@ -255,8 +265,8 @@ def load(args, subject: Subject):
     if args.shape:
         model = random_model(args.shape, device, resolve_dtype(args.dtype, torch.bfloat16, device))
     else:
-        source = args.model or subject.shipped()
-        model = subject.model_class().from_pretrained(source, dtype=args.dtype, device=device)
+        source = args.model or subject.family.shipped
+        model = subject.family.model_class.from_pretrained(source, dtype=args.dtype, device=device)
     room = model.config.max_position_embeddings
     args.block_length = args.block_length or subject.block_length
     args.context, args.prefill = min(args.context, room // 2), min(args.prefill, room)
@@ -280,7 +290,7 @@ def measure_forwards(model, subject: Subject, machine: Machine, args) -> tuple[E
 
 def measure_decodes(model, subject: Subject, times: dict, args) -> list[dict]:
     """Plain decoding and S2D2 at every batch size, and what they are to be compared with."""
-    plain, s2d2 = named(subject.plain), named(subject.speculative)
+    plain, s2d2 = subject.plain_generate, subject.speculative_generate
     rule = {"judge": scripted(args.accept)} if args.accept is not None else {}
     label = f"S2D2, {args.accept} accepted by script" if rule else "S2D2"
     decodes = []

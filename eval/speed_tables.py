@@ -22,8 +22,10 @@ def speed_tables(result: dict) -> str:
         "| forward | ms | floor ms | over the floor |",
         "|---|---|---|---|",
     ]
-    for r in result["forwards"]:
-        lines.append(f"| {r['forward']} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['over_floor']:.2f} x |")
+    lines += [
+        f"| {r['forward']} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['over_floor']:.2f} x |"
+        for r in result["forwards"]
+    ]
     if result["decodes"]:
         head = ["decode", "tokens/s", "forwards/token", "ms a forward in the loop", "ms a step outside forwards"]
         head.append("memory over weights and cache")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from eval.families import FAMILIES, Family, family_of_checkpoint
 from shared import masks
 from shared.errors import UserError
 from shared.graphs import Shape
-from shared.loading import checkpoint_folder
 
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rope_theta": 1e6, "mask_token_id": 151669}
 _QWEN2 = {"num_hidden_layers": 28, "rope_theta": 1e6}
@@ -59,34 +56,24 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """``model``, ``plain`` and ``speculative`` are ``module:name``. ``kinds(length, device)`` begins with the draft and the verify; ``graphs(length)``
+    """``plain`` and ``ssd_policy`` of ``family`` are timed. ``kinds(length, device)`` begins with the draft and the verify; ``graphs(length)``
     are the shapes its decoders have captured (None: those of the block length). ``lossless`` makes its speculation exact.
     """
 
-    model: str
-    package: str
+    family: Family
     plain: str
-    speculative: str
     block_length: int
     kinds: Callable[[int, torch.device], list[Kind]]
     graphs: Callable[[int], list[Shape] | None]
     lossless: dict
 
-    def model_class(self):
-        return named(self.model)
+    @property
+    def plain_generate(self):
+        return self.family.decoders[self.plain].generate
 
-    def shipped(self) -> Path:
-        """The checkpoint that ships with the family."""
-        return Path(importlib.import_module(self.package).__file__).parent / "tiny"
-
-
-def named(target: str, field: str = "decoder"):
-    """What ``module:name``, the value of ``field``, stands for; `UserError` if it cannot be imported."""
-    module, _, name = target.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{field} {target!r} cannot be imported ({error}). Allowed: MODULE:NAME") from error
+    @property
+    def speculative_generate(self):
+        return self.family.decoders["ssd_policy"].generate
 
 
 def two_copy_kinds(length: int, device: torch.device) -> list[Kind]:
@@ -126,35 +113,10 @@ def shifted_graphs(length: int) -> list[Shape]:
 
 _EXACT = {"do_verify_policy": "always", "acceptance": "exact", "cache_ver": True, "draft_ver": True}
 SUBJECTS = {
-    "SDAR": Subject(
-        "sdar:SDARForCausalLM",
-        "sdar",
-        "sdar.generate:block_diffusion_generate",
-        "sdar.generate_ssd_policy:block_diffusion_generate",
-        16,
-        two_copy_kinds,
-        lambda length: None,
-        _EXACT,
-    ),
-    "Fast-dLLM-v2": Subject(
-        "fast_dllm_v2:Fast_dLLM_QwenForCausalLM",
-        "fast_dllm_v2",
-        "fast_dllm_v2.generate_utils:generate_fast",
-        "fast_dllm_v2.generate_policy_utils:generate_ssd_policy",
-        32,
-        shifted_kinds,
-        shifted_graphs,
-        _EXACT,
-    ),
+    "SDAR": Subject(FAMILIES["SDAR"], "standard", 16, two_copy_kinds, lambda length: None, _EXACT),
+    "Fast-dLLM-v2": Subject(FAMILIES["Fast-dLLM-v2"], "fast", 32, shifted_kinds, shifted_graphs, _EXACT),
     "LLaDA2": Subject(
-        "llada2:LLaDA2MoeModelLM",
-        "llada2",
-        "llada2.generate_utils:generate_cached",
-        "llada2.generate_policy_utils:generate_ssd_policy",
-        32,
-        two_copy_kinds,
-        lambda length: None,
-        {**_EXACT, "editing_threshold": 1.0},
+        FAMILIES["LLaDA2"], "cached", 32, two_copy_kinds, lambda length: None, {**_EXACT, "editing_threshold": 1.0}
     ),
 }
 
@@ -163,11 +125,7 @@ def subject_of(family: str | None, shape: str | None, model: str | None) -> Subj
     """The subject that ``shape`` or the checkpoint ``model`` belongs to, or the one named ``family`` (default: SDAR); `UserError` if they differ."""
     found = SHAPES[shape][0] if shape else None
     if model is not None:
-        kind = json.loads((checkpoint_folder(model) / "config.json").read_text()).get("model_type")
-        types = {s.model_class().config_class.model_type: name for name, s in SUBJECTS.items()}
-        if kind not in types:
-            raise UserError(f"model {str(model)!r} is of model_type {kind!r}. Allowed: {', '.join(types)}")
-        found = types[kind]
+        found = family_of_checkpoint(model)
     if family and found and family != found:
         raise UserError(f"family is {family!r}. Allowed with this shape or model: {found}")
     return SUBJECTS[found or family or "SDAR"]
@@ -176,7 +134,7 @@ def subject_of(family: str | None, shape: str | None, model: str | None) -> Subj
 def random_model(shape: str, device: torch.device, dtype: torch.dtype):
     """Random weights of a named shape, made on the device."""
     family, config = SHAPES[shape]
-    kind = SUBJECTS[family].model_class()
+    kind = FAMILIES[family].model_class
     with torch.device("meta"):
         model = kind(kind.config_class(**config, max_position_embeddings=32768, eos_token_id=0))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()

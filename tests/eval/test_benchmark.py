@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eval import benchmark
+from eval.families import FAMILIES
 from eval.roofline import Machine, Touched, forward_work, touched_experts
 from eval.subjects import SHAPES, SUBJECTS, subject_of
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
+from shared.graphs import Shape
 from tests.family_checks import golden_folder
 
 SMALL = ["--device", "cpu", "--batch", "1", "2", "--new_tokens", "32", "--context", "16", "--prefill", "32"]
@@ -134,9 +138,18 @@ def test_experts_by_hand():
 def test_a_named_shape_has_the_released_sizes(shape, size):
     """The 16B's bytes are known to three digits."""
     family, config = SHAPES[shape]
-    kind = SUBJECTS[family].model_class()
+    kind = FAMILIES[family].model_class
     with torch.device("meta"):
         model = kind(kind.config_class(**config))
     assert 2 * sum(p.numel() for p in model.parameters()) == pytest.approx(
         size, rel=1e-4 if size > 4e10 or size < 3e10 else 0.01
     )
+
+
+def test_time_in_graphs_is_each_shape_times_its_replays(monkeypatch):
+    replayed = []
+    runner = SimpleNamespace(replay=lambda shape, leading: replayed.append((shape, leading)))
+    monkeypatch.setattr(benchmark, "timed", lambda call, device: call() or {16: 0.25, 20: 0.5}[replayed[-1][0].tokens])
+    replays = Counter({Shape(1, 16): 4, Shape(2, 20, picks=4): 3})
+    assert benchmark.seconds_in_graphs(runner, replays, "cpu") == 4 * 0.25 + 3 * 0.5
+    assert replayed == [(Shape(1, 16), 1), (Shape(2, 20, picks=4), 2)]
