@@ -19,7 +19,7 @@ from fast_dllm_v2.options import Cache, Options, StandardOptions
 from fast_dllm_v2.rows import Rows
 from shared import masks
 from shared import run as shared_run
-from shared.batch import Finished, whole_blocks
+from shared.batch import Finished, by_tokens, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
 from shared.draft import Choice, Draft, How
 from shared.engine import Engine, Inputs
@@ -28,7 +28,7 @@ from shared.graphs import Shape
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.routing import Never, make_policy
-from shared.run import Judged, Verified, View, draft_of, judged
+from shared.run import PREFILL_TOKENS, Judged, Verified, View, draft_of, judged
 from shared.sampling import GREEDY_BELOW
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
@@ -170,41 +170,45 @@ def resolve(model: Fast_dLLM_QwenForCausalLM, options: StandardOptions, tokenize
 
 
 def prefill(run: Run, stops: StopStrings, on_block) -> list[int]:
-    """Admit waiting prompts and encode their whole blocks, all in one forward; returns the rows that are finished already.
+    """Admit waiting prompts and encode their whole blocks, some rows at a time; returns the rows that are finished already.
 
-    A prompt of whole blocks also gets its first token from that forward.
+    A prompt of whole blocks also gets its first token from its forward.
     """
-    batch, length = run.batch, run.batch.window
+    batch, length, filled = run.batch, run.batch.window, []
     rows = batch.admit()
-    run.engine.cache.reset(rows)
+    run.cache.reset(rows)
     run.policy.reset(rows)
     run.causal_rows[rows] = 0
+    began = time.perf_counter()
     encoded = {i: batch.rows[i].start // length * length for i in rows}
-    encoded = {i: count for i, count in encoded.items() if count}
-    if encoded:
-        began, index = time.perf_counter(), batch.index(list(encoded))
-        tokens, device = max(encoded.values()), index.device
-        causal = run.cache_options.cache_ver
-        mask = masks.token_causal(tokens, device) if causal else masks.block_causal(tokens, length, device)
-        ids = batch.tokens[index, :tokens]
-        positions = torch.arange(tokens, device=device).expand_as(ids)
-        last = batch.index(list(encoded.values()))[:, None] - 1
-        # Shorter rows are padded with what follows their blocks: later tokens, which earlier ones never see.
-        inputs = Inputs(ids, positions, index, mask, logits_at=last)
-        logits = run.rule_out(run.forward("prefill", list(encoded), inputs, tokens))
-        run.engine.cache.commit(list(encoded.values()), list(encoded))
-        token = logits[:, 0].argmax(-1)
-        run.prefill_seconds += time.perf_counter() - began
-        whole = [k for k, i in enumerate(encoded) if len(batch.rows[i].prompt) == encoded[i]]
-        filled = batch.put_next([list(encoded)[k] for k in whole], token[whole])
-        if on_block:
-            for f in filled:
-                if f.last:
-                    on_block(batch.rows[f.row].request, batch.new_tokens(f.row, run.options.blocks))
-        ended = [f.row for f in filled if f.last] + advance(run, [f for f in filled if not f.last], stops, on_block)
-    else:
-        ended = []
+    for group in by_tokens({i: count for i, count in encoded.items() if count}, PREFILL_TOKENS):
+        token = encode_prompts(run, group, [encoded[i] for i in group])
+        whole = [k for k, i in enumerate(group) if len(batch.rows[i].prompt) == encoded[i]]
+        filled += batch.put_next([group[k] for k in whole], token[whole])
+    if rows and run.cache.length.is_cuda:
+        torch.cuda.synchronize(run.cache.length.device)
+    run.prefill_seconds += time.perf_counter() - began
+    over = [f.row for f in filled if f.last]
+    if on_block:
+        for i in over:
+            on_block(batch.rows[i].request, batch.new_tokens(i, run.options.blocks))
+    ended = over + advance(run, [f for f in filled if not f.last], stops, on_block)
     return ended + [i for i in rows if i not in ended and batch.rows[i].start >= batch.rows[i].total]
+
+
+def encode_prompts(run: Run, rows: list[int], counts: list[int]) -> Tensor:
+    """One forward over the first ``counts [b]`` tokens of ``rows``, whole blocks; the tokens that follow, ``[b]``."""
+    batch, index = run.batch, run.batch.index(rows)
+    tokens, device = max(counts), index.device
+    causal = run.cache_options.cache_ver
+    mask = masks.token_causal(tokens, device) if causal else masks.block_causal(tokens, batch.window, device)
+    ids = batch.tokens[index, :tokens]
+    positions = torch.arange(tokens, device=device).expand_as(ids)
+    # Shorter rows are padded with what follows their blocks: later tokens, which earlier ones never see.
+    inputs = Inputs(ids, positions, index, mask, logits_at=batch.index(counts)[:, None] - 1)
+    logits = run.rule_out(run.forward("prefill", rows, inputs, tokens))
+    run.cache.commit(counts, rows)
+    return logits[:, 0].argmax(-1)
 
 
 def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
@@ -403,7 +407,7 @@ def commit(run: Run, keep: list[Finished]) -> Tensor:
         inputs = Inputs(ids, positions, batch.index(rows), mask, logits_at=at)
         token[now] = run.rule_out(run.forward("commit", rows, inputs, length))[:, 0].argmax(-1)
     rows = [f.row for f in keep]
-    run.engine.cache.commit([length] * len(rows), rows)
+    run.cache.commit([length] * len(rows), rows)
     run.causal_rows[rows] = 0
     for i in rows:
         batch.rows[i].block_cached = False
