@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -134,19 +136,23 @@ def test_the_jail_itself_refuses_without_namespaces(monkeypatch, capsys, tmp_pat
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="needs root to become a plain user")
-def test_as_a_plain_user(tmp_path):
+def test_as_a_plain_user():
     """The jail confines a plain user's programs too. The interpreter must be one that user can read."""
     python = "/usr/bin/python3"
     if not os.access(python, os.X_OK):
         pytest.skip("no interpreter outside root's own folders")
-    jail_file = tmp_path / "jail.py"
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own stand in folders that are root's alone
+        Path(folder).chmod(0o755)
+        check_plain_user(python, Path(folder))
+
+
+def check_plain_user(python: str, folder: Path) -> None:
+    jail_file = folder / "jail.py"
     jail_file.write_text((sandbox._JAIL).read_text())
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
 
     def code(program: str) -> int:
         seconds = "1" if program.startswith("while") else "10"  # a busy machine is slow to start an interpreter
-        call = [python, "-I", str(jail_file), seconds, "1024", "16", str(tmp_path)]
+        call = [python, "-I", str(jail_file), seconds, "1024", "16", str(folder)]
         done = subprocess.run(
             call, input=program.encode(), capture_output=True, user=65534, group=65534, extra_groups=[]
         )
