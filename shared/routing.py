@@ -116,9 +116,8 @@ class ContextualBanditUCB(Policy):
         self.tries = torch.zeros(rows, 2, buckets, dtype=torch.float64, device=device)
         self.reward = torch.zeros_like(self.tries)
         self.time = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.current = torch.zeros(
-            rows, dtype=torch.long, device=device
-        )  # buckets of the last decision, to be observed
+        # Buckets of the last decision, for the observation that follows it.
+        self.current = torch.zeros(rows, dtype=torch.long, device=device)
 
     def bucket(self, draft: Draft) -> Tensor:
         """``[b]`` index of each row's context."""
