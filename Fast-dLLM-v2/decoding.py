@@ -35,6 +35,8 @@ from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
 from shared.verify import Verdict, judge, losslessness, verified_choice
 
+_NO_CACHE = Cache()
+
 
 @dataclass
 class Run(shared_run.Run):
@@ -46,7 +48,7 @@ class Run(shared_run.Run):
 
     @property
     def cache_options(self) -> Cache:
-        return getattr(self.options, "cache", Cache())
+        return getattr(self.options, "cache", _NO_CACHE)
 
     @property
     def reuse_verify(self) -> bool:

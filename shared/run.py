@@ -26,6 +26,8 @@ from shared.sampling import GREEDY_BELOW, sample
 from shared.spans import Picked, span_inputs
 from shared.verify import Verdict, take_confident, verified_choice
 
+# What a decoder without these groups has. Made once: an options object checks itself whenever it is made.
+_NO_CACHE, _NO_ACCEPTANCE = Cache(), Acceptance()
 PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
 
 
@@ -48,11 +50,11 @@ class Run:
 
     @property
     def cache_options(self) -> Cache:
-        return getattr(self.options, "cache", Cache())
+        return getattr(self.options, "cache", _NO_CACHE)
 
     @property
     def acceptance(self) -> Acceptance:
-        return getattr(self.options, "acceptance", Acceptance())
+        return getattr(self.options, "acceptance", _NO_ACCEPTANCE)
 
     @property
     def whole_verify(self) -> bool:
