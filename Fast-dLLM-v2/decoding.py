@@ -27,11 +27,20 @@ from shared.errors import UserError
 from shared.graphs import Shape
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
-from shared.routing import Never, make_policy
-from shared.run import PREFILL_TOKENS, Judged, Verified, View, draft_of, judged
+from shared.run import (
+    PREFILL_TOKENS,
+    Judged,
+    Verified,
+    View,
+    draft_of,
+    hand_over,
+    judged,
+    output_of,
+    policy_of,
+    source_of,
+)
 from shared.sampling import GREEDY_BELOW
 from shared.stop_strings import StopStrings
-from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
 from shared.verify import Verdict, judge, losslessness, verified_choice
 
@@ -102,18 +111,8 @@ def decode(
             picked = route(run, rows, wish)
             verified = verify(run, rows, draft, picked)
             ended += advance(run, settle(run, rows, draft, verified), stops, on_block)
-        for i in ended:
-            position = run.batch.rows[i].position
-            done[position] = completion = stops.cut(run.batch.retire(i, options.blocks, text_of))
-            if on_finish:
-                on_finish(completion)
-    return Output(
-        [done[k] for k in sorted(done)],
-        time.perf_counter() - began,
-        dict(run.batch.forwards),
-        *_lossless(run.options),
-        prefill_seconds=run.prefill_seconds,
-    )
+        hand_over(run, ended, stops, done, options.blocks, on_finish)
+    return output_of(run, done, began, _lossless(run.options))
 
 
 def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
@@ -127,16 +126,9 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
     allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = small * (small + 1) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += small * (small + 3) // 2 if isinstance(options, Options) else 0
-    most = max(per_block * (blocks.max_new_tokens // small + 2), 1)
-    numbers = most if uniforms is None else max(map(len, uniforms), default=1)
-    room = per_block * (slots // small + 2)
-    source = Uniforms(allocated, numbers, seed=seed, device=device, recorded=uniforms, room=room)
+    source = source_of(engine, per_block, (small, blocks.max_new_tokens), uniforms, seed)
     batch = Rows(prompts, blocks, requests=requests, rows=rows, device=device, uniforms=source, room=(allocated, slots))
-    policy = Never()
-    if isinstance(options, Options):
-        policy = make_policy(
-            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
-        )
+    policy = policy_of(options, allocated, device)
     zeros = torch.zeros(allocated, dtype=torch.long, device=device)
     new = Run(model, options, batch, engine, policy, judge, causal_rows=zeros, next_token=zeros.clone())
     constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)

@@ -28,12 +28,24 @@ from shared.draft import Choice, Draft, How
 from shared.engine import Engine, Inputs, Staged
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
-from shared.routing import Never, make_policy
-from shared.run import Verified, View, commit, draft_of, judged, prefill, settle, span_verdict, verify_spans
+from shared.run import (
+    Verified,
+    View,
+    commit,
+    draft_of,
+    hand_over,
+    judged,
+    output_of,
+    policy_of,
+    prefill,
+    settle,
+    source_of,
+    span_verdict,
+    verify_spans,
+)
 from shared.sampling import GREEDY_BELOW
 from shared.spans import Picked, pick, wishes
 from shared.stop_strings import StopStrings
-from shared.uniforms import Uniforms
 from shared.unmask import above_threshold
 from shared.verify import Verdict, judge, losslessness
 
@@ -110,20 +122,8 @@ def decode(
             commit(run, finished, is_encoded, commit_mask)
         else:
             run.batch.advance([f.row for f in finished if not f.last])
-        for f in finished:
-            if f.last:
-                position = run.batch.rows[f.row].position
-                done[position] = completion = stops.cut(run.batch.retire(f.row, options.blocks, text_of))
-                if on_finish:
-                    on_finish(completion)
-    return Output(
-        [done[k] for k in sorted(done)],
-        time.perf_counter() - began,
-        dict(run.batch.forwards),
-        *_lossless(run.options),
-        prefill_seconds=run.prefill_seconds,
-        batch_tokens=dict(run.batch.forward_tokens),
-    )
+        hand_over(run, [f.row for f in finished if f.last], stops, done, options.blocks, on_finish)
+    return output_of(run, done, began, _lossless(run.options))
 
 
 def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
@@ -136,10 +136,7 @@ def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms
     allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = length * (length + editing.max_post_steps) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
-    most = max(per_block * (blocks.max_new_tokens // length + 2), 1)
-    numbers = most if uniforms is None else max(map(len, uniforms), default=1)
-    room = per_block * (slots // length + 2)
-    source = Uniforms(allocated, numbers, seed=seed, device=device, recorded=uniforms, room=room)
+    source = source_of(engine, per_block, (length, blocks.max_new_tokens), uniforms, seed)
     batch = Rows(
         prompts,
         blocks,
@@ -150,11 +147,7 @@ def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms
         uniforms=source,
         room=(allocated, slots),
     )
-    policy = Never()
-    if isinstance(options, Options):
-        policy = make_policy(
-            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
-        )
+    policy = policy_of(options, allocated, device)
     run = Run(model, options, batch, engine, policy, judge)
     constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
     run.phase = engine.phases_for(constants, [batch, source, policy])

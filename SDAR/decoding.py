@@ -26,12 +26,24 @@ from shared.draft import Choice, Draft, How
 from shared.engine import Engine, Inputs
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
-from shared.routing import Never, make_policy
-from shared.run import Verified, View, commit, draft_of, judged, prefill, settle, span_verdict, verify_spans
+from shared.run import (
+    Verified,
+    View,
+    commit,
+    draft_of,
+    hand_over,
+    judged,
+    output_of,
+    policy_of,
+    prefill,
+    settle,
+    source_of,
+    span_verdict,
+    verify_spans,
+)
 from shared.sampling import GREEDY_BELOW
 from shared.spans import pick, wishes
 from shared.stop_strings import StopStrings
-from shared.uniforms import Uniforms
 from shared.unmask import unmask
 from shared.verify import Verdict, judge, losslessness
 
@@ -89,19 +101,8 @@ def decode(
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, limit))
         commit(run, finished, is_encoded, commit_mask)
-        for f in finished:
-            if f.last:
-                position = run.batch.rows[f.row].position
-                done[position] = completion = stops.cut(run.batch.retire(f.row, options.blocks, text_of))
-                if on_finish:
-                    on_finish(completion)
-    return Output(
-        [done[k] for k in sorted(done)],
-        time.perf_counter() - began,
-        dict(run.batch.forwards),
-        *_lossless(run.options),
-        prefill_seconds=run.prefill_seconds,
-    )
+        hand_over(run, [f.row for f in finished if f.last], stops, done, options.blocks, on_finish)
+    return output_of(run, done, began, _lossless(run.options))
 
 
 def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
@@ -112,7 +113,7 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
     allocated, slots = len(engine.cache.lengths), engine.cache.slots
     per_block = length * (length + 1) if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
-    numbers = max(per_block * (blocks.max_new_tokens // length + 2), 1)
+    source = source_of(engine, per_block, (length, blocks.max_new_tokens), uniforms, seed)
     batch = Batch(
         prompts,
         requests=requests,
@@ -123,26 +124,15 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
         mask_id=blocks.mask_id,
         stop_ids=blocks.stopping_criteria_idx,
         device=device,
-        uniforms=Uniforms(
-            allocated,
-            numbers if uniforms is None else max(map(len, uniforms), default=1),
-            seed=seed,
-            device=device,
-            recorded=uniforms,
-            room=per_block * (slots // length + 2),
-        ),
+        uniforms=source,
         room=(allocated, slots),
     )
-    policy = Never()
-    if isinstance(options, Options):
-        policy = make_policy(
-            options.routing, options.bandit, options.estimation, options.unmask, rows=allocated, device=device
-        )
+    policy = policy_of(options, allocated, device)
     causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
     causal_mask = masks.token_causal(length, device)
     run = Run(model, options, batch, engine, policy, judge, causal_mask=causal_mask, causal_rows=causal_rows)
     constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
-    run.phase = engine.phases_for(constants, [run, batch, batch.uniforms, policy])
+    run.phase = engine.phases_for(constants, [run, batch, source, policy])
     return run
 
 

@@ -2,7 +2,7 @@
 
 Rows are independent: each has its own prompt length, block and step. A row that finishes is free for the next waiting prompt, so a long
 list of prompts keeps a batch full. Everything a step touches lives on the device; the host keeps only what it decides itself
-(block starts, step counts, forwards) and reads the device once per `Batch.write`.
+(block starts, step counts, forwards) and reads the device once a step, for `Batch.settle`.
 """
 
 from __future__ import annotations
@@ -178,10 +178,6 @@ class Batch:
         """``(tokens due [b], overtime [b])`` of this step of ``rows [b]``. After the last step the schedule runs once more, in overtime."""
         step = self.step[rows]
         return self.schedule[step % self.steps], step >= self.steps
-
-    def write(self, rows: Sequence[int], draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> list[Finished]:
-        """`record` the step's choice, read how the rows stand, and `settle`: the rows whose block is now finished."""
-        return self.settle(rows, self.record(draft, choice, reach, finite).tolist())
 
     def record(self, draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> Tensor:
         """Write the step's choice into canvas and trace; returns what `settle` has to know, ``[b, 4]``. No host read.

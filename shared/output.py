@@ -34,7 +34,7 @@ class Output:
 
     ``seconds`` is wall-clock time of the whole call, prefill included; ``prefill_seconds`` is the part of it in which prompts were encoded. ``batch_forwards`` counts passes of the model by kind,
     each once however many rows shared it; ``forwards`` counts them per row as if each ran alone. ``batch_tokens`` are the tokens that
-    went through those passes, padding included, where the family counts them.
+    went through those passes, padding included.
     """
 
     completions: list[Completion]

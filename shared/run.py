@@ -20,10 +20,13 @@ from shared.draft import Choice, Draft
 from shared.engine import Engine, Inputs, Staged
 from shared.kv_cache import BlockCache
 from shared.options import Acceptance, Cache
+from shared.output import Completion, Lossless, Output
 from shared.phases import call
-from shared.routing import Policy
+from shared.routing import Never, Policy, make_policy
 from shared.sampling import GREEDY_BELOW, sample
 from shared.spans import Picked, span_inputs
+from shared.stop_strings import StopStrings
+from shared.uniforms import Uniforms
 from shared.verify import Verdict, take_confident, verified_choice
 
 # What a decoder without these groups has. Made once: an options object checks itself whenever it is made.
@@ -72,6 +75,24 @@ class Run:
         if self.options.sampling.suppress_mask:
             logits[..., self.batch.mask_id] = float("-inf")
         return logits
+
+
+def policy_of(options, rows: int, device) -> Policy:
+    """The policy that ``options`` name, with state for ``rows`` rows; one that never verifies where they have no routing."""
+    if not hasattr(options, "routing"):
+        return Never()
+    return make_policy(options.routing, options.bandit, options.estimation, options.unmask, rows=rows, device=device)
+
+
+def source_of(
+    engine: Engine, per_block: int, blocks: tuple[int, int], recorded: Sequence[Sequence[float]] | None, seed: int
+) -> Uniforms:
+    """Random numbers for the rows of ``engine``, at most ``per_block`` a block; ``blocks``: its length and how many tokens are to be decoded."""
+    (length, new_tokens), rows, slots = blocks, len(engine.cache.lengths), engine.cache.slots
+    most = max(per_block * (new_tokens // length + 2), 1)
+    count = most if recorded is None else max(map(len, recorded), default=1)
+    room = per_block * (slots // length + 2)
+    return Uniforms(rows, count, seed=seed, device=engine.cache.length.device, recorded=recorded, room=room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +233,26 @@ def commit(
         run.forward("commit", now, inputs, length)
     run.cache.commit([length] * len(encoded + now), encoded + now)
     batch.advance([f.row for f in finished if not f.last])
+
+
+def hand_over(
+    run: Run, rows: Sequence[int], stops: StopStrings, done: dict[int, Completion], blocks, on_finish
+) -> None:
+    """Take the finished texts of ``rows`` off the batch, into ``done`` by the place of their prompts."""
+    for i in rows:
+        position = run.batch.rows[i].position
+        done[position] = completion = stops.cut(run.batch.retire(i, blocks, stops.text_of))
+        if on_finish:
+            on_finish(completion)
+
+
+def output_of(run: Run, done: dict[int, Completion], began: float, lossless: Lossless) -> Output:
+    """What a decode that began at ``began`` returns."""
+    return Output(
+        [done[k] for k in sorted(done)],
+        time.perf_counter() - began,
+        dict(run.batch.forwards),
+        *lossless,
+        prefill_seconds=run.prefill_seconds,
+        batch_tokens=dict(run.batch.forward_tokens),
+    )

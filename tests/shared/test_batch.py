@@ -47,7 +47,8 @@ def write(
     choice.add(masked & (torch.tensor(take) if take else masked), tokens, how, place)
     if drafted is not None:
         draft = replace(draft, tokens=torch.tensor(drafted))
-    return batch.write(rows, draft, choice, torch.full((len(rows),), reach), torch.tensor(finite).expand(len(rows)))
+    reach, finite = torch.full((len(rows),), reach), torch.tensor(finite).expand(len(rows))
+    return batch.settle(rows, batch.record(draft, choice, reach, finite).tolist())
 
 
 def finish(batch: Batch, i: int, decode=None, **blocks):
