@@ -31,10 +31,10 @@ def test_matches_the_plain_forward(window, tie):
 
 @needs_gpu
 @pytest.mark.parametrize("rows", [1, 7, 32])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_batches_match(rows, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_match(rows, dtype):
     model = _model(dtype)
-    checks.batches_match(model, FastFastdLLM(model), rows, tolerance)
+    checks.batches_match(model, FastFastdLLM(model), rows)
 
 
 @needs_kernels
