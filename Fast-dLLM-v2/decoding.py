@@ -34,6 +34,7 @@ from shared.run import (
     View,
     draft_of,
     hand_over,
+    inference,
     judged,
     output_of,
     policy_of,
@@ -69,7 +70,7 @@ class Run(shared_run.Run):
         )
 
 
-@torch.inference_mode()
+@inference
 def decode(
     model: Fast_dLLM_QwenForCausalLM,
     input_ids,

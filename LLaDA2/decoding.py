@@ -34,6 +34,7 @@ from shared.run import (
     commit,
     draft_of,
     hand_over,
+    inference,
     judged,
     output_of,
     policy_of,
@@ -75,7 +76,7 @@ class Run(shared_run.Run):
             self.model.backend = backend
 
 
-@torch.inference_mode()
+@inference
 def decode(
     model: LLaDA2MoeModelLM,
     input_ids,

@@ -32,6 +32,7 @@ from shared.run import (
     commit,
     draft_of,
     hand_over,
+    inference,
     judged,
     output_of,
     policy_of,
@@ -56,7 +57,7 @@ class Run(shared_run.Run):
     causal_rows: Tensor | None = None  # [rows]: first masked position of each row's last draft (draft_ver)
 
 
-@torch.inference_mode()
+@inference
 def decode(
     model: SDARForCausalLM,
     input_ids,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shared import triton_ops as ops
 from shared.errors import UserError
+from shared.graphs import on_device
 from shared.kv_cache import BlockCache
 from shared.loading import CheckpointModel
 from shared.rotary import rotary_tables
@@ -233,7 +234,8 @@ class FastForward:
         call = _Call(input_ids, position_ids.contiguous(), places, local_mask, logits_at, leading)
         wanted = leading * tokens if logits_at is None else logits_at.numel()
         narrow = max(batch * tokens, wanted) <= ops.NARROW_TOKENS
-        logits = (self._narrow if narrow else self._wide)(call)
+        with on_device(input_ids.device):
+            logits = (self._narrow if narrow else self._wide)(call)
         return logits.view(leading, tokens if logits_at is None else logits_at.shape[1], self.model.config.vocab_size)
 
     def product(

@@ -12,7 +12,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +58,11 @@ def sizes(most: int) -> list[int]:
     return sorted({min(1 << k, most) for k in range(most.bit_length() + 1)})
 
 
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes ``device`` the current one: Triton's launches and the capture of a graph go there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iterator[None]:
     """A capture into ``graph`` that no garbage collection falls into: freeing an older graph in the middle of it would end it."""
@@ -99,8 +104,9 @@ class GraphRunner:
         """Capture ``shapes``, those with most logits first, so that the smaller ones fit in memory that the larger ones have reserved."""
         began = time.perf_counter()
         missing = set(shapes) - set(self.captured)
-        for shape in sorted(missing, key=lambda s: (s.logits, s.riders, s.tokens), reverse=True):
-            self.captured[shape] = self._capture(shape)
+        with on_device(self.device):
+            for shape in sorted(missing, key=lambda s: (s.logits, s.riders, s.tokens), reverse=True):
+                self.captured[shape] = self._capture(shape)
         self.seconds += time.perf_counter() - began
 
     def _capture(self, shape: Shape) -> _Captured:

@@ -5,6 +5,7 @@ A family's loop says what a forward reads and when; these leaves are the same fo
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from shared.batch import Batch, Finished, by_tokens
 from shared.diagnose import first_broken_layer
 from shared.draft import Choice, Draft
 from shared.engine import Engine, Inputs, Staged
+from shared.graphs import on_device
 from shared.kv_cache import BlockCache
 from shared.options import Acceptance, Cache
 from shared.output import Completion, Lossless, Output
@@ -32,6 +34,17 @@ from shared.verify import Verdict, take_confident, verified_choice
 # What a decoder without these groups has. Made once: an options object checks itself whenever it is made.
 _NO_CACHE, _NO_ACCEPTANCE = Cache(), Acceptance()
 PREFILL_TOKENS = 4096  # encoded in one forward: enough for the matrix rate, little enough to spare memory
+
+
+def inference(decode: Callable[..., Output]) -> Callable[..., Output]:
+    """Decorates ``decode(model, ...)``: no gradients, and the model's GPU is the current one."""
+
+    @functools.wraps(decode)
+    def guarded(model, *arguments, **keywords) -> Output:
+        with torch.inference_mode(), on_device(model.device):
+            return decode(model, *arguments, **keywords)
+
+    return guarded
 
 
 @dataclass
