@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM, previous_row
 from fast_dllm_v2.options import Cache, Options, StandardOptions
-from fast_dllm_v2.rows import Rows
+from fast_dllm_v2.rows import NOT_A_NUMBER, Rows
 from shared import masks
 from shared import run as shared_run
-from shared.batch import Finished, by_tokens, whole_blocks
+from shared.batch import Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
 from shared.draft import Choice, Draft, How
 from shared.engine import Engine, Inputs
@@ -28,7 +28,6 @@ from shared.graphs import Shape
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.run import (
-    PREFILL_TOKENS,
     Judged,
     Verified,
     View,
@@ -36,11 +35,13 @@ from shared.run import (
     hand_over,
     inference,
     judged,
+    naming_the_layer,
     output_of,
     policy_of,
+    settle,
     source_of,
 )
-from shared.sampling import GREEDY_BELOW
+from shared.sampling import GREEDY_BELOW, sample
 from shared.stop_strings import StopStrings
 from shared.unmask import above_threshold
 from shared.verify import Verdict, judge, losslessness, verified_choice
@@ -54,7 +55,9 @@ class Run(shared_run.Run):
 
     batch: Rows
     causal_rows: Tensor | None = None  # [rows]: leading rows of each row's block that draft_ver has made causal
-    next_token: Tensor | None = None  # [rows]: what the last verify predicts after the block's end (reuse_verify)
+    next_logits: Tensor | None = (
+        None  # [rows, V]: of the token after the block's end, by the last verify (reuse_verify)
+    )
 
     @property
     def cache_options(self) -> Cache:
@@ -68,6 +71,11 @@ class Run(shared_run.Run):
             and self.cache_options.cache_ver
             and not self.options.block_cache.use_block_cache
         )
+
+    def plain_forward(self, rows: list[int]) -> Tensor:
+        """One pass over the blocks of ``rows`` through the network as it is, from which numbers that broke can be traced."""
+        ids, positions = self.batch.whole(self.batch.index(rows))
+        return self.model(ids, positions, self.cache.window(self.batch.window, rows), None)
 
 
 @inference
@@ -111,7 +119,7 @@ def decode(
             draft, wish = propose(run, rows)
             picked = route(run, rows, wish)
             verified = verify(run, rows, draft, picked)
-            ended += advance(run, settle(run, rows, draft, verified), stops, on_block)
+            ended += move_on(run, settle(run, rows, draft, verified, decided), stops, on_block)
         hand_over(run, ended, stops, done, options.blocks, on_finish)
     return output_of(run, done, began, _lossless(run.options))
 
@@ -125,13 +133,15 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
     slots = furthest + length * options.block_cache.use_block_cache
     engine = Engine.of(model, rows, slots, length, options.runtime, forward_kinds(options))
     allocated, slots = len(engine.cache.lengths), engine.cache.slots
-    per_block = small * (small + 1) if options.sampling.temperature >= GREEDY_BELOW else 0
+    per_block = small * (small + 1) + 1 if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += small * (small + 3) // 2 if isinstance(options, Options) else 0
     source = source_of(engine, per_block, (small, blocks.max_new_tokens), uniforms, seed)
     batch = Rows(prompts, blocks, requests=requests, rows=rows, device=device, uniforms=source, room=(allocated, slots))
     policy = policy_of(options, allocated, device)
-    zeros = torch.zeros(allocated, dtype=torch.long, device=device)
-    new = Run(model, options, batch, engine, policy, judge, causal_rows=zeros, next_token=zeros.clone())
+    causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
+    new = Run(model, options, batch, engine, policy, judge, causal_rows=causal_rows)
+    if new.reuse_verify:
+        new.next_logits = torch.zeros(allocated, model.config.vocab_size, dtype=model.dtype, device=device)
     constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
     new.phase = engine.phases_for(constants, [new, batch, source, policy])
     return new
@@ -165,35 +175,21 @@ def resolve(model: Fast_dLLM_QwenForCausalLM, options: StandardOptions, tokenize
 
 
 def prefill(run: Run, stops: StopStrings, on_block) -> list[int]:
-    """Admit waiting prompts and encode their whole blocks, some rows at a time; returns the rows that are finished already.
-
-    A prompt of whole blocks also gets its first token from its forward.
-    """
-    batch, length, filled = run.batch, run.batch.window, []
-    rows = batch.admit()
-    run.cache.reset(rows)
-    run.policy.reset(rows)
+    """Admit and encode waiting prompts; returns the rows that are finished already. A prompt of whole blocks also gets its first token."""
+    batch, filled = run.batch, []
+    rows = shared_run.prefill(run, lambda run, group: filled.extend(encode_prompts(run, group)))
     run.causal_rows[rows] = 0
-    began = time.perf_counter()
-    encoded = {i: batch.rows[i].start // length * length for i in rows}
-    for group in by_tokens({i: count for i, count in encoded.items() if count}, PREFILL_TOKENS):
-        token = encode_prompts(run, group, [encoded[i] for i in group])
-        whole = [k for k, i in enumerate(group) if len(batch.rows[i].prompt) == encoded[i]]
-        filled += batch.put_next([group[k] for k in whole], token[whole])
-    if rows and run.cache.length.is_cuda:
-        torch.cuda.synchronize(run.cache.length.device)
-    run.prefill_seconds += time.perf_counter() - began
     over = [f.row for f in filled if f.last]
     if on_block:
         for i in over:
-            on_block(batch.rows[i].request, batch.new_tokens(i, run.options.blocks))
-    ended = over + advance(run, [f for f in filled if not f.last], stops, on_block)
+            on_block(batch.rows[i].request, batch.new_tokens(i))
+    ended = over + move_on(run, [f for f in filled if not f.last], stops, on_block)
     return ended + [i for i in rows if i not in ended and batch.rows[i].start >= batch.rows[i].total]
 
 
-def encode_prompts(run: Run, rows: list[int], counts: list[int]) -> Tensor:
-    """One forward over the first ``counts [b]`` tokens of ``rows``, whole blocks; the tokens that follow, ``[b]``."""
-    batch, index = run.batch, run.batch.index(rows)
+def encode_prompts(run: Run, rows: list[int]) -> list[Finished]:
+    """One forward over the whole blocks of the prompts of ``rows``, all of which have some; it gives prompts of nothing else their first token."""
+    batch, index, counts = run.batch, run.batch.index(rows), [run.batch.prefilled(i) for i in rows]
     tokens, device = max(counts), index.device
     causal = run.cache_options.cache_ver
     mask = masks.token_causal(tokens, device) if causal else masks.block_causal(tokens, batch.window, device)
@@ -201,9 +197,23 @@ def encode_prompts(run: Run, rows: list[int], counts: list[int]) -> Tensor:
     positions = torch.arange(tokens, device=device).expand_as(ids)
     # Shorter rows are padded with what follows their blocks: later tokens, which earlier ones never see.
     inputs = Inputs(ids, positions, index, mask, logits_at=batch.index(counts)[:, None] - 1)
-    logits = run.rule_out(run.forward("prefill", rows, inputs, tokens))
+    logits = run.forward("prefill", rows, inputs, tokens)
     run.cache.commit(counts, rows)
-    return logits[:, 0].argmax(-1)
+    whole = [k for k, i in enumerate(rows) if len(batch.rows[i].prompt) == counts[k]]
+    return put_next(run, [rows[k] for k in whole], logits[whole, 0])
+
+
+def put_next(run: Run, rows: list[int], logits: Tensor | None) -> list[Finished]:
+    """Choose the token that follows the last committed block of ``rows`` from its logits ``[b, V]``, and write it (see `Rows.put_next`)."""
+    if not rows:
+        return []
+    sampling, index, uniform = run.options.sampling, run.batch.index(rows), None
+    temperature = 0.0 if run.options.blocks.greedy_next else sampling.temperature
+    if temperature >= GREEDY_BELOW:
+        uniform = run.batch.uniforms.take(index, 1, 1)[:, 0]
+    tokens, confidence = sample(run.rule_out(logits), uniform, temperature, sampling.top_k, sampling.top_p)
+    with naming_the_layer(run, rows):
+        return run.batch.put_next(rows, torch.where(confidence.isfinite(), tokens, NOT_A_NUMBER))
 
 
 def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
@@ -212,8 +222,9 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     The forward covers the whole block; with the block cache it covers the small block alone once that has begun.
     """
     batch = run.batch
-    apart = run.options.block_cache.use_block_cache
-    within = [apart and i in batch.begun and batch.rows[i].block_cached for i in rows]
+    cache = run.options.block_cache
+    begun = [i in batch.begun or not cache.refresh_block_cache for i in rows]
+    within = [cache.use_block_cache and b and batch.rows[i].block_cached for b, i in zip(begun, rows, strict=True)]
     if len(set(within)) == 1:
         view = run.phase(draft_inputs, run, batch.index(rows), within[0])
         return run.phase(drafted, run, view, draft_forward(run, rows, view, within[0]))
@@ -312,11 +323,6 @@ def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int):
     return queries, run.engine.stage(inputs)
 
 
-def settle(run: Run, rows: list[int], draft: Draft, verified: Verified | None) -> list[Finished]:
-    """Decide the step, and read which small blocks are finished."""
-    return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
-
-
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
     """What the step writes: the verified prefix, or where nothing was verified what the threshold takes. Returns what `Rows.settle` reads."""
     choice, reach, finite = judged(run, draft, verified, verdict_on)
@@ -328,7 +334,8 @@ def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
 def verdict_on(run: Run, draft: Draft, verified: Verified) -> Judged:
     """What a causal verify decides for a draft all of whose rows were verified; it also predicts the token that follows the block."""
     options, small, logits = run.options, run.batch.block_length, run.rule_out(verified.logits)
-    run.next_token[draft.rows] = logits[:, -1].argmax(-1)
+    if run.next_logits is not None:
+        run.next_logits[draft.rows] = logits[:, -1]
     # A rejection is replaced from the residual against what was really drafted from, whatever the verifier's temperature.
     drafted = replace(draft, sampling=replace(options.sampling, verify_temperature=None))
     source = run.batch.uniforms
@@ -345,7 +352,7 @@ def unmask(run: Run, draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED)
 
 
-def advance(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:
+def move_on(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:
     """Move the rows of finished small blocks on, committing blocks at their ends; returns the rows whose text has ended.
 
     The token after a commit may complete a small block of one, so this repeats until no row is complete.
@@ -355,18 +362,18 @@ def advance(run: Run, finished: list[Finished], stops: StopStrings, on_block) ->
         finished = stops.end(finished)
         if on_block:
             for f in finished:
-                on_block(batch.rows[f.row].request, batch.new_tokens(f.row, blocks))
+                on_block(batch.rows[f.row].request, batch.new_tokens(f.row))
         keep = [f for f in finished if at_block_end(run, f) and wants_commit(run, f)]
-        token, kept = commit(run, keep), [f.row for f in keep]
+        logits, kept = commit(run, keep), [f.row for f in keep]
         # The published length has one token after the last block.
         over = [f.row for f in finished if f.last and not (blocks.round_to_blocks and f.row in kept)]
         batch.advance([f.row for f in finished if f.row not in over])
         follow = [k for k, row in enumerate(kept) if row not in over]
-        finished = batch.put_next([kept[k] for k in follow], token[follow])
+        finished = put_next(run, [kept[k] for k in follow], logits[follow] if follow else None)
         if on_block:
             for f in finished:
                 if f.last:
-                    on_block(batch.rows[f.row].request, batch.new_tokens(f.row, blocks))
+                    on_block(batch.rows[f.row].request, batch.new_tokens(f.row))
         ended += over + [f.row for f in finished if f.last]
         finished = [f for f in finished if not f.last]
     return ended
@@ -378,42 +385,40 @@ def at_block_end(run: Run, finished: Finished) -> bool:
 
 
 def wants_commit(run: Run, finished: Finished) -> bool:
-    """Will anything read this block's keys, or is the commit asked for anyway? A text that stopped never is committed."""
-    return not finished.stopped and not (finished.last and run.options.savings.skip_last_commit)
+    """Will anything read this block's keys or what follows it, or is the commit asked for anyway? A text that stopped never is committed."""
+    skipped = run.options.savings.skip_last_commit and not run.options.blocks.round_to_blocks
+    return not finished.stopped and not (finished.last and skipped)
 
 
-def commit(run: Run, keep: list[Finished]) -> Tensor:
-    """Keep the keys and values of finished blocks, by a forward of the final tokens unless a verify was one; the tokens that follow, ``[k]``."""
+def commit(run: Run, keep: list[Finished]) -> Tensor | None:
+    """Keep the keys and values of finished blocks, by a forward of the final tokens unless a verify was one; logits ``[k, V]`` of the tokens that
+    follow (None without blocks)."""
     batch, length = run.batch, run.batch.window
-    if not keep:
-        return run.next_token[:0]
-    token = torch.zeros(len(keep), dtype=torch.long, device=run.next_token.device)
-    now = []
-    for k, f in enumerate(keep):
-        if run.reuse_verify and f.verified_to:
-            token[k] = run.next_token[f.row]
-        else:
-            now.append(k)
+    rows = [f.row for f in keep]
+    now = [k for k, f in enumerate(keep) if not (run.reuse_verify and f.verified_to)]
+    logits = None if run.next_logits is None else run.next_logits[batch.index(rows)]
     if now:
-        rows = [keep[k].row for k in now]
-        ids, positions = batch.whole(batch.index(rows))
+        these = [rows[k] for k in now]
+        ids, positions = batch.whole(batch.index(these))
         mask = masks.token_causal(length, ids.device) if run.cache_options.cache_ver else None
         at = torch.full_like(ids[:, :1], length - 1)
-        inputs = Inputs(ids, positions, batch.index(rows), mask, logits_at=at)
-        token[now] = run.rule_out(run.forward("commit", rows, inputs, length))[:, 0].argmax(-1)
-    rows = [f.row for f in keep]
+        inputs = Inputs(ids, positions, batch.index(these), mask, logits_at=at)
+        found = run.forward("commit", these, inputs, length)[:, 0]
+        logits = found if len(now) == len(keep) else logits.index_copy(0, batch.index(now), found)
     run.cache.commit([length] * len(rows), rows)
     run.causal_rows[rows] = 0
     for i in rows:
         batch.rows[i].block_cached = False
-    return token
+    return logits
 
 
 def _lossless(options: StandardOptions) -> Lossless:
+    bent = options.blocks.greedy_next and options.sampling.temperature >= GREEDY_BELOW
+    reason = "greedy_next takes the likeliest token after a block"
     if options.blocks.block_length == 1:
-        return Lossless(True, "block size one is the law itself")
+        return Lossless(False, reason) if bent else Lossless(True, "block size one is the law itself")
     if isinstance(options, Options):
-        return losslessness(options)
+        return losslessness(options, {reason: bent})
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 

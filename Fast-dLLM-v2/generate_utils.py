@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fast_dllm_v2 import decoding
 from fast_dllm_v2.options import Options, StandardOptions
+from shared.calls import split_call
 from shared.errors import UserError
 from shared.output import Output
 
@@ -19,9 +20,15 @@ def generate_fast(model, input_ids, options: StandardOptions | None = None, *, u
 
 def generate_ssd(model, input_ids, options: Options | None = None, *, uniforms=None, **flat) -> Output:
     """Decode by self-speculation, verifying spans from ``min_ssd_span_length`` on: ``generate_ssd_policy`` with that one policy."""
-    policy = options.routing.do_verify_policy if options else flat.get("do_verify_policy", "mask_span_length")
+    options, call = split_call(Options, options, flat)
+    only_span_length(options)
+    return decoding.decode(model, input_ids, options, uniforms=uniforms, **call)
+
+
+def only_span_length(options: Options) -> None:
+    """Raise `UserError` unless the policy is the one ``ssd`` has."""
+    policy = options.routing.do_verify_policy
     if policy != "mask_span_length":
         raise UserError(
             f"do_verify_policy is {policy!r}. Allowed with ssd: mask_span_length; ssd_policy has the others"
         )
-    return decoding.generate(Options, model, input_ids, options, uniforms, flat)

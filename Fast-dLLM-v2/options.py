@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from shared.errors import UserError
 from shared.options import Acceptance, Bandit, Estimation, FlatOptions, Routing, Runtime, Sampling, check, option
@@ -25,6 +26,9 @@ class Blocks:
     round_to_blocks: bool = option(
         False, "max_new_tokens // block_length blocks from the prompt's on, and one token (as published)"
     )
+    greedy_next: bool = option(
+        False, "the token that a commit predicts is the likeliest one at any temperature (as published), not a draw"
+    )
 
     def __post_init__(self):
         check(self)
@@ -41,7 +45,10 @@ class Threshold:
 @dataclass(frozen=True, slots=True)
 class BlockCache:
     use_block_cache: bool = option(
-        False, "draft a small block on cached keys of the whole block, refreshed when it begins"
+        False, "draft a small block on cached keys of the whole block (of its other positions)"
+    )
+    refresh_block_cache: bool = option(
+        True, "those keys are computed anew when a small block begins; false: never, as published with S2D2"
     )
 
     def __post_init__(self):
@@ -74,7 +81,7 @@ class StandardOptions(FlatOptions):
 class Cache:
     cache_ver: bool = option(False, "commit blocks token-causally, so that cached keys are the verifier's own")
     draft_ver: bool = option(False, "known tokens of the block attend causally while drafting")
-    draft_ver_rows: str = option(
+    draft_ver_rows: Literal["block", "small_block"] = option(
         "block", "count draft_ver's known tokens from the block's start, or (as published) the small_block's"
     )
     reuse_verify: bool = option(True, "with cache_ver, a verify that saw the final tokens of a block is its commit")
@@ -82,8 +89,6 @@ class Cache:
 
     def __post_init__(self):
         check(self)
-        if self.draft_ver_rows not in ("block", "small_block"):
-            raise UserError(f"draft_ver_rows is {self.draft_ver_rows!r}. Allowed: block, small_block")
         if self.use_ssd_cache:
             raise UserError(
                 "use_ssd_cache is True. Allowed: false; the published code fails with it, and there is no other definition"
@@ -107,8 +112,9 @@ PLAIN_PUBLISHED = {
     "round_to_blocks": True,
     "trim_stop_tokens": False,
     "skip_last_commit": False,
+    "greedy_next": True,
 }
-PUBLISHED = {**PLAIN_PUBLISHED, "reuse_verify": False, "draft_ver_rows": "small_block"}
+PUBLISHED = {**PLAIN_PUBLISHED, "reuse_verify": False, "draft_ver_rows": "small_block", "refresh_block_cache": False}
 
 _PAPER = {
     "block_length": 32,

@@ -11,6 +11,8 @@ from fast_dllm_v2.options import Blocks
 from shared.batch import Batch, Finished, Row, whole_blocks
 from shared.draft import Choice, Draft, How
 
+NOT_A_NUMBER = -1  # a token chosen from logits that are not numbers
+
 
 class Rows(Batch):
     """``block_length`` is the small block's; ``window`` is the length of the block around it."""
@@ -53,6 +55,9 @@ class Rows(Batch):
         """A small block starts afresh; part of it may be the prompt's."""
         row = self.rows[i]
         (self.begun.add if len(row.prompt) > row.start else self.begun.discard)(i)
+
+    def prefilled(self, i: int) -> int:
+        return self.rows[i].start // self.window * self.window
 
     def record(self, draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> Tensor:
         """As `Batch.record`, with a column more: is the first token of the small block known?"""
@@ -98,6 +103,8 @@ class Rows(Batch):
         finished = []
         for i, token in zip(rows, tokens.tolist(), strict=True):
             row = self.rows[i]
+            if token == NOT_A_NUMBER:
+                raise FloatingPointError(f"{row.where}: the logits of the token after a block hold NaN or infinity")
             row.iterations += 1
             self.begun.add(i)
             last = token in self.stop_ids or row.start >= self._text_end(i) - 1
@@ -116,8 +123,8 @@ class Rows(Batch):
         found = ids[first:end]
         return found[: found.index(self.mask_id)] if self.mask_id in found else found
 
-    def new_tokens(self, i: int, blocks: Blocks) -> list[int]:
-        """Generated ids of the current small block of row ``i`` (a device read; for streaming)."""
+    def new_tokens(self, i: int, limit: int | None = None) -> list[int]:
+        """Generated ids of the current small block of row ``i`` (a device read; for streaming). A row knows its own limit."""
         row = self.rows[i]
         first, end = max(row.start, len(row.prompt)), min(row.start + self.block_length, self._text_end(i))
         return self._known(self.tokens[i].tolist(), first, end)

@@ -150,6 +150,10 @@ class Batch:
         self.history[i, 1, :length] = int(How.PROMPT)
         self.uniforms.assign(i, request if self.uniforms.recorded is None else position)
 
+    def prefilled(self, i: int) -> int:
+        """How many tokens of the prompt of row ``i``, whole blocks of them, are encoded before its first step."""
+        return self.rows[i].start
+
     def index(self, rows: Sequence[int]) -> Tensor:
         """``rows`` as a device tensor ``[b]``, not to be written to."""
         return self._indices(rows)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,14 @@ class Run:
         """One pass over ``tokens`` tokens an entry, which belong to ``rows``; ``place``: see `BlockCache.window`. The mask token is ruled out by `rule_out`."""
         self.batch.count(kind, set(rows), tokens * len(rows))
         return self.engine.run(staged, self.cache.window(tokens, rows, **place))
+
+    def plain_forward(self, rows: list[int]) -> Tensor:
+        """One pass over the blocks of ``rows`` through the network as it is, from which numbers that broke can be traced."""
+        index, length = self.batch.index(rows), self.batch.block_length
+        block = self.batch.block(index)
+        ids = torch.cat([block, torch.full_like(block, self.batch.mask_id)], 1)
+        positions, mask = self.batch.positions(index).repeat(1, 2), masks.two_copy_verify(length, ids.device)
+        return self.model(ids, positions, self.cache.window(2 * length, rows), mask)
 
     def rule_out(self, logits: Tensor) -> Tensor:
         """The logits without the mask token, unless the options allow it."""
@@ -190,32 +199,34 @@ def span_verdict(run: Run, draft: Draft, verified: Verified) -> Judged:
 def settle(
     run: Run, rows: list[int], draft: Draft, verified: Verified | None, decided: Callable[..., Tensor]
 ) -> list[Finished]:
-    """Decide the step by the phase ``decided(run, draft, verified)``, and read which blocks are finished; if logits were not finite, say in which layer
-    that began."""
-    try:
+    """Decide the step by the phase ``decided(run, draft, verified)``, and read which blocks are finished."""
+    with naming_the_layer(run, rows):
         return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+
+
+@contextmanager
+def naming_the_layer(run: Run, rows: list[int]) -> Iterator[None]:
+    """Where logits of ``rows`` turn out not to be finite, the error says in which layer that began."""
+    try:
+        yield
     except FloatingPointError as error:
-        length = run.batch.block_length
-        ids = torch.cat([draft.block, torch.full_like(draft.block, run.batch.mask_id)], 1)
-        positions = run.batch.positions(draft.rows).repeat(1, 2)
-        window, mask = run.cache.window(2 * length, rows), masks.two_copy_verify(length, ids.device)
-        layer = first_broken_layer(run.model.model.layers, lambda: run.model(ids, positions, window, mask))
+        layer = first_broken_layer(run.model.model.layers, lambda: run.plain_forward(rows))
         raise FloatingPointError(f"{error}, first in {layer}") from None
 
 
-def prefill(run: Run, encode_prompts: Callable[[Run, list[int]], None]) -> bool:
-    """Admit waiting prompts and encode their whole blocks, some rows at a time. True if any came."""
+def prefill(run: Run, encode_prompts: Callable[[Run, list[int]], None]) -> list[int]:
+    """Admit waiting prompts and encode their whole blocks, some rows at a time; returns the rows that came."""
     batch = run.batch
     rows = batch.admit()
     run.cache.reset(rows)
     run.policy.reset(rows)
     began = time.perf_counter()
-    for group in by_tokens({i: batch.rows[i].start for i in rows if batch.rows[i].start}, PREFILL_TOKENS):
+    for group in by_tokens({i: count for i in rows if (count := batch.prefilled(i))}, PREFILL_TOKENS):
         encode_prompts(run, group)
     if rows and run.cache.length.is_cuda:
         torch.cuda.synchronize(run.cache.length.device)
     run.prefill_seconds += time.perf_counter() - began
-    return bool(rows)
+    return rows
 
 
 def commit(

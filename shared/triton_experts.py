@@ -252,7 +252,7 @@ def grouped_matmul(
 
 
 def grouped_plan(tokens: int, top_k: int, weight: Tensor, gated: bool = False) -> GroupedPlan:
-    """Tiles for ``weight [E, n, d]`` as measured on an H100: wide enough that the weights of most experts are read once."""
+    """Tiles for ``weight [E, n, d]`` as measured on an H200: wide enough that the weights of most experts are read once."""
     mean = tokens * top_k / len(weight)
     if weight.dtype != torch.bfloat16:
         return GroupedPlan(32, 32, 16, stages=2)
@@ -261,8 +261,8 @@ def grouped_plan(tokens: int, top_k: int, weight: Tensor, gated: bool = False) -
     if mean <= 16:
         return GroupedPlan(64, 128, 64, stages=4 if gated else 3)
     if mean <= 48:
-        return GroupedPlan(64, 64, 128, stages=6) if gated else GroupedPlan(64, 64, 64, stages=4)
-    return GroupedPlan(128, 64, 128, stages=3, warps=8)
+        return GroupedPlan(128, 64, 128 if gated else 64, stages=4, warps=8)
+    return GroupedPlan(64, 64, 128, stages=6) if gated else GroupedPlan(128, 64, 128, stages=3, warps=8)
 
 
 @jit

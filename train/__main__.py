@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from shared.errors import UserError
 from shared.loading import CheckpointModel, checkpoint_folder, load_tokenizer, resolve_device
@@ -90,9 +89,14 @@ def load_model(path: str, device: torch.device) -> CheckpointModel:
     from llada2 import LLaDA2MoeModelLM
     from sdar import SDARForCausalLM
 
-    found = AutoConfig.from_pretrained(checkpoint_folder(path)).model_type
+    found = json.loads((checkpoint_folder(path) / "config.json").read_text()).get("model_type")
     kinds = {kind.config_class.model_type: kind for kind in (SDARForCausalLM, LLaDA2MoeModelLM)}
-    return kinds.get(found, SDARForCausalLM).from_pretrained(path, dtype="float32", device=device)
+    if found not in kinds:
+        raise UserError(
+            f"model {path!r} is of type {found!r}, which the probe cannot decode. Allowed: {', '.join(kinds)}; "
+            "python -m eval.compare decodes every family"
+        )
+    return kinds[found].from_pretrained(path, dtype="float32", device=device)
 
 
 def run_probe(args: argparse.Namespace) -> dict:

@@ -131,6 +131,10 @@ def test_probe_takes_any_family(tmp_path):
         (["SDAR", "--steps", "1"], "required: --out"),
         (["SDAR", "--out", "x", "--steps", "1", "--device", "gpu"], "device 'gpu'"),
         (["probe", "--model", "/nowhere"], "no such folder"),
+        (
+            ["probe", "--model", str(TINY.parents[1] / "Fast-dLLM-v2/tiny")],
+            "python -m eval.compare decodes every family",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(command, message, capsys):
