@@ -29,6 +29,7 @@ class Fast_dLLM_QwenConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         rope_scaling: dict | None = None,
+        use_sliding_window: bool = False,
         bd_size: int = 32,
         mask_token_id: int | None = None,
         tie_word_embeddings: bool = False,
@@ -47,6 +48,7 @@ class Fast_dLLM_QwenConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
+        self.use_sliding_window = use_sliding_window
         self.bd_size = bd_size
         self.mask_token_id = mask_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

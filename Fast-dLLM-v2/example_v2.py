@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
-from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
+from fast_dllm_v2.generate_utils import generate_fast, generate_ssd, only_span_length
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.options import DEFAULT_PROMPT, PLAIN_PRESETS, PRESETS, SSD_PRESETS, Options, StandardOptions, plain
 from shared.cli import Script, choose_script
@@ -36,7 +36,7 @@ def rivals(options: Options) -> dict:
     }
 
 
-def _script(title: str, generate, options: type, presets: dict, compared) -> Script:
+def _script(title: str, generate, options: type, presets: dict, compared, **more) -> Script:
     return Script(
         description=__doc__,
         folder=Path(__file__).parent,
@@ -48,12 +48,13 @@ def _script(title: str, generate, options: type, presets: dict, compared) -> Scr
         generate=generate,
         rivals=compared,
         default_prompt=DEFAULT_PROMPT,
+        **more,
     )
 
 
 SCRIPTS = {
     "fast": _script("blocks and small blocks", generate_fast, StandardOptions, PLAIN_PRESETS, plain_rivals),
-    "ssd": _script("S2D2, one policy", generate_ssd, Options, SSD_PRESETS, rivals),
+    "ssd": _script("S2D2, one policy", generate_ssd, Options, SSD_PRESETS, rivals, check=only_span_length),
     "ssd_policy": _script("S2D2", generate_ssd_policy, Options, PRESETS, rivals),
 }
 

@@ -105,6 +105,8 @@ class Fast_dLLM_QwenForCausalLM(CheckpointModel):
             raise ValueError(f"rope_scaling {config.rope_scaling!r} is not supported; released checkpoints have null")
         if config.hidden_act != "silu":
             raise ValueError(f"hidden_act {config.hidden_act!r} is not supported; released checkpoints have 'silu'")
+        if config.use_sliding_window:
+            raise ValueError("use_sliding_window is true, which is not supported; released checkpoints have false")
         self.config = config
         self.backend = "sdpa"
         self.model = Fast_dLLM_QwenModel(config)

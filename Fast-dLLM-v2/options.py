@@ -18,7 +18,7 @@ class Blocks:
         low=1,
     )
     max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
-    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer", low=0)
+    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer, then the released one", low=0)
     stopping_criteria_idx: tuple[int, ...] | None = option(
         None, "token ids that end the text; default: generation config, then config, then tokenizer"
     )
@@ -32,6 +32,9 @@ class Blocks:
 
     def __post_init__(self):
         check(self)
+        length, small = self.block_length, self.small_block_length
+        if length and small and length % small:
+            raise UserError(f"small_block_length is {small}. Allowed: a divisor of block_length ({length})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,10 @@ class Rows(Batch):
         """
         if not rows:
             return []
+        read = tokens.tolist()
+        if NOT_A_NUMBER in read:
+            row = self.rows[rows[read.index(NOT_A_NUMBER)]]
+            raise FloatingPointError(f"{row.where}: the logits of the token after a block hold NaN or infinity")
         index = self.index(rows)
         at = (index, self.start[index])
         self.tokens[at] = tokens
@@ -101,10 +105,8 @@ class Rows(Batch):
         self.history[index, 2, at[1]] = 0
         self.iteration[index] += 1
         finished = []
-        for i, token in zip(rows, tokens.tolist(), strict=True):
+        for i, token in zip(rows, read, strict=True):
             row = self.rows[i]
-            if token == NOT_A_NUMBER:
-                raise FloatingPointError(f"{row.where}: the logits of the token after a block hold NaN or infinity")
             row.iterations += 1
             self.begun.add(i)
             last = token in self.stop_ids or row.start >= self._text_end(i) - 1

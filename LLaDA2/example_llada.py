@@ -26,9 +26,6 @@ from llada2.options import (
 from shared.cli import Script, choose_script
 from shared.errors import run_main
 
-# Flags of the published script that have another name here.
-PUBLISHED_FLAGS = {"-p": "--prompt", "--device_map": "--device", "--record_decoding_order": "--forward_stats"}
-
 
 def one_token(options: NoCacheOptions) -> StandardOptions:
     """The same settings at block size one, which is autoregressive decoding."""
@@ -76,7 +73,7 @@ SCRIPTS = {
 def run(argv: Sequence[str] | None = None) -> None:
     """Run the script that ``--generate_fn`` names (default: cached) on the rest of the command line."""
     script, rest = choose_script(SCRIPTS, argv, "generate_fn", "cached")
-    script.run([PUBLISHED_FLAGS.get(word, word) for word in rest])
+    script.run(rest)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,6 +28,7 @@ class SDARConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
         rope_scaling: dict | None = None,
+        use_sliding_window: bool = False,
         attention_bias: bool = False,
         block_size: int = 4,
         mask_token_id: int | None = None,
@@ -47,6 +48,7 @@ class SDARConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
+        self.use_sliding_window = use_sliding_window
         self.attention_bias = attention_bias
         self.block_size = block_size
         self.mask_token_id = mask_token_id

@@ -104,6 +104,8 @@ class SDARForCausalLM(CheckpointModel):
             raise ValueError(
                 f"hidden_act {config.hidden_act!r} is not supported; released SDAR checkpoints have 'silu'"
             )
+        if config.use_sliding_window:
+            raise ValueError("use_sliding_window is true, which is not supported; released checkpoints have false")
         self.config = config
         self.backend = "sdpa"
         self.model = SDARModel(config)

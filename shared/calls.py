@@ -38,13 +38,21 @@ def check_prompts(prompts: list[list[int]], blocks, config) -> None:
     room = whole_blocks - blocks.max_new_tokens
     if not prompts:
         raise UserError("there is no prompt")
+    if room < 1:
+        name, most = (
+            ("max_new_tokens", whole_blocks - 1) if whole_blocks else ("block_length", config.max_position_embeddings)
+        )
+        raise UserError(
+            f"{name} is {getattr(blocks, name)}. Allowed: at most {most} (max_position_embeddings {config.max_position_embeddings}, "
+            f"blocks of {blocks.block_length}, a prompt of at least one token)"
+        )
     for k, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {k} is empty. Allowed: at least one token")
         if len(prompt) > room:
             raise UserError(
-                f"prompt {k} has {len(prompt)} tokens. Allowed: {max(room, 0)} (max_position_embeddings "
-                f"{config.max_position_embeddings} less max_new_tokens {blocks.max_new_tokens}); --prompt_length truncates"
+                f"prompt {k} has {len(prompt)} tokens. Allowed: {room} ({whole_blocks} positions in whole blocks less "
+                f"max_new_tokens {blocks.max_new_tokens}); --prompt_length truncates"
             )
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise UserError(f"prompt {k} has a token id outside the vocabulary. Allowed: 0 to {config.vocab_size - 1}")

@@ -58,7 +58,12 @@ class ScriptArguments:
             raise UserError("compare and tensor_parallel above 1 are both given. Allowed: one of them")
 
 
-SCRIPT_ALIASES = {"model": ("model", "model_dir"), "forward_stats": ("forward_stats", "return_forward_stats")}
+SCRIPT_ALIASES = {
+    "model": ("model", "model_dir"),
+    "forward_stats": ("forward_stats", "return_forward_stats", "return_decoding_order", "record_decoding_order"),
+    "device": ("device", "device_map"),
+    "prompt": ("prompt", "p"),
+}
 # Flags whose bare form says no.
 NEGATIONS = {"no_resample": "allow_resample"}
 
@@ -79,7 +84,7 @@ def _add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.F
     literal = next((k for k in options if get_origin(k) is Literal), None)
     choices = f" {{{', '.join(get_args(literal))}}}" if literal else ""
     default = "" if field.default is None else f" (default: {field.default})"
-    flags = [f"--{s}" for s in spellings]
+    flags = [f"--{s}" if len(s) > 1 else f"-{s}" for s in spellings]
     help = (field.metadata["help"] + choices + default).replace("%", "%%")
     if bool in options:
         group.add_argument(
@@ -92,7 +97,31 @@ def _add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.F
         group.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS, dest=name, help=help)
 
 
-def build_parser(options: type[FlatOptions], description: str) -> _Parser:
+@dataclass(frozen=True)
+class Choice:
+    """The flag that names one of several ``scripts`` behind one file, and the ``name`` it gave."""
+
+    flag: str
+    name: str
+    scripts: Mapping[str, Script]
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """For ``--help`` alone: the flag is off the command line when the parser sees it."""
+        names = ", ".join(self.scripts)
+        group = parser.add_argument_group("decoder")
+        group.add_argument(
+            f"--{self.flag}",
+            metavar="NAME",
+            default=argparse.SUPPRESS,
+            help=f"{{{names}}}, each with flags of its own; these are of {self.name}",
+        )
+
+    def owners(self, flag: str) -> list[str]:
+        """The scripts that have ``--flag``."""
+        return [n for n, s in self.scripts.items() if f"--{flag}" in build_parser(s.options, "")._option_string_actions]
+
+
+def build_parser(options: type[FlatOptions], description: str, presets: Sequence[str] = ()) -> _Parser:
     """A parser with a flag for every field of `ScriptArguments` and of each group of ``options``; only flags given appear in its result."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, group in {"script": ScriptArguments, **options.groups()}.items():
@@ -100,6 +129,8 @@ def build_parser(options: type[FlatOptions], description: str) -> _Parser:
         for f in dataclasses.fields(group):
             spellings = {**ALIASES, **SCRIPT_ALIASES}.get(f.name, (f.name,))
             _add_flag(section, parser, f.name, hints[f.name], f, spellings)
+            if f.name == "preset" and presets:
+                parser._option_string_actions["--preset"].help += f" {{{', '.join(presets)}}}"
             for negation, name in NEGATIONS.items():
                 if name == f.name:
                     section.add_argument(f"--{negation}", dest=name, action="store_false", default=argparse.SUPPRESS)
@@ -116,19 +147,39 @@ def parse(
     argv: Sequence[str] | None,
     description: str,
     shipped: str,
+    choice: Choice | None = None,
 ) -> tuple[ScriptArguments, FlatOptions, str | None]:
     """``(script arguments, decode options, name of the preset in use)``. Without ``--model`` the preset is ``shipped``."""
-    parser = build_parser(options, description)
+    parser = build_parser(options, description, tuple(presets))
+    if choice is not None:
+        choice.add_to(parser)
     given, strange = parser.parse_known_args(argv)
     if strange:
-        flags = sorted({s.lstrip("-") for a in parser._actions for s in a.option_strings if s.startswith("--")})
-        raise unknown_name("flag", strange[0].split("=")[0].lstrip("-"), flags)
+        raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
     given, hints = vars(given), get_type_hints(ScriptArguments)
     script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
     preset = script.preset or (shipped if script.model is None else None)
     if preset is not None and preset not in presets:
         raise unknown_name("preset", preset, presets)
-    return script, options.from_flat(presets.get(preset, {}), **given), preset
+    try:
+        return script, options.from_flat(presets.get(preset, {}), **given), preset
+    except UserError as error:
+        ours = [k for k in presets.get(preset, {}) if k not in given and re.search(rf"\b{k}\b", str(error))]
+        if not ours:
+            raise
+        raise UserError(
+            f"{error}; preset {preset} sets {ours[0]}, --{ours[0]} on the command line overrides it"
+        ) from error
+
+
+def unknown_flag(flag: str, parser: argparse.ArgumentParser, choice: Choice | None) -> UserError:
+    """The error for a ``flag`` that ``parser`` does not have: whose it is, or what it may have meant."""
+    owners = choice.owners(flag) if choice else []
+    if owners:
+        named = " or ".join(f"--{choice.flag} {name}" for name in owners)
+        return UserError(f"flag {flag!r} is not one of {choice.name}. Allowed with {named}")
+    flags = sorted({s.lstrip("-") for a in parser._actions for s in a.option_strings if s.startswith("--")})
+    return unknown_name("flag", flag, flags)
 
 
 def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -> tuple[list[dict], list[list[int]]]:
@@ -290,16 +341,17 @@ def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | Non
 def choose_script(
     scripts: Mapping[str, Script], argv: Sequence[str] | None, flag: str, default: str
 ) -> tuple[Script, list[str]]:
-    """Take ``--flag NAME`` off a command line: the script it names out of ``scripts``, and the rest of the line."""
-    argv, name = list(sys.argv[1:] if argv is None else argv), default
-    for k, word in enumerate(argv):
-        if word.split("=")[0] == f"--{flag}":
-            name = word.partition("=")[2] or (argv[k + 1] if k + 1 < len(argv) else "")
-            del argv[k : k + (1 if "=" in word else 2)]
-            break
+    """Take ``--flag NAME`` off a command line (the last of several counts): the script it names out of ``scripts``, and the rest of the line."""
+    words, rest, name = iter(sys.argv[1:] if argv is None else argv), [], default
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key == f"--{flag}":
+            name = value if equals else next(words, "")
+        else:
+            rest.append(word)
     if name not in scripts:
         raise unknown_name(flag, name, scripts)
-    return scripts[name], argv
+    return dataclasses.replace(scripts[name], choice=Choice(flag, name, scripts)), rest
 
 
 @dataclass(frozen=True)
@@ -307,7 +359,8 @@ class Script:
     """An example script: parse, load, generate, print. ``python FILE.py --help`` is its manual.
 
     ``generate`` is the family's decoder; ``rivals(options)`` names the decoders it is compared with, each ``(function, options)``; ``shipped`` is
-    the preset used with the tiny checkpoint in ``folder``; ``default_prompt`` is for checkpoints that bring no problems of their own.
+    the preset used with the tiny checkpoint in ``folder``; ``default_prompt`` is for checkpoints that bring no problems of their own. ``check`` may
+    refuse options before anything is loaded; ``choice`` is what `choose_script` chose it from.
     """
 
     description: str
@@ -320,13 +373,16 @@ class Script:
     generate: Callable[..., Output]
     rivals: Callable[[FlatOptions], dict[str, tuple[Callable[..., Output], FlatOptions]]]
     default_prompt: str
+    check: Callable[[FlatOptions], None] = lambda options: None
+    choice: Choice | None = None
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run; bad input is one line on standard error and exit code 2."""
         run_main(lambda: self.run(argv))
 
     def run(self, argv: Sequence[str] | None) -> None:
-        script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped)
+        script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped, self.choice)
+        self.check(options)
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
         world = World.from_environment(script.tensor_parallel)

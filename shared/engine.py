@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shared.errors import UserError
 from shared.graphs import GraphRunner, Shape, sizes
 from shared.kv_cache import BlockCache, Window
 from shared.options import Runtime
@@ -57,6 +58,8 @@ class Engine:
         self.model, self.block_length, self.runtime, self.kinds = model, block_length, runtime, kinds
         self.cache: BlockCache = model.new_cache(rows, slots)
         self.fast = None if runtime.fast is False else model.fast(required=bool(runtime.fast))
+        if runtime.graphs and (self.fast is None or model.device.type != "cuda"):
+            raise UserError("graphs is True. Allowed: false or none here; CUDA graphs are of the fast forward on a GPU")
         self.runner = None
         self.phases: Phases | None = None  # of the last decode
         if self.fast is not None and runtime.graphs is not False and model.device.type == "cuda":

@@ -192,7 +192,9 @@ class Acceptance:
     acceptance: Literal["published", "exact"] = option(
         "published", "exact preserves the verifier's law (and greedy text); published is the paper's rule"
     )
-    allow_resample: bool = option(True, "replace the first rejected token; otherwise the rejected draft is kept")
+    allow_resample: bool = option(
+        True, "replace the first rejected token; otherwise its draft is kept (Fast-dLLM v2: it stays masked)"
+    )
     ssd_ratio_tempering_factor: float = option(1.0, "exponent of the acceptance ratio q/p", above=0.0)
     ssd_ratio_threshold: float = option(-1.0, "also take later drafts with at least this ratio; negative is off")
     ssd_threshold_all_spans: bool = option(False, "ssd_ratio_threshold looks at the whole block, not only the span")
@@ -310,6 +312,9 @@ class FlatOptions:
                 raise unknown_name(
                     "option", key, [*kinds, *(s for n, row in ALIASES.items() if n in names for s in row)]
                 )
+        # The published decoders say "no filter" by None.
+        unfiltered = {"top_k": 0, "top_p": 1.0}
+        flat = {k: unfiltered[k] if k in unfiltered and v in _NONE else v for k, v in flat.items()}
         return {key: coerce(key, value, kinds[key]) for key, value in flat.items()}
 
     def to_flat(self) -> dict[str, Any]:

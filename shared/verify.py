@@ -147,7 +147,7 @@ def losslessness(options, more: Mapping[str, bool] | None = None) -> Lossless:
         "always_check_high_confidence takes unverified tokens": acceptance.always_check_high_confidence,
         "suppress_mask is off, so a predicted mask token would be context": not options.sampling.suppress_mask,
         "ssd_ratio_tempering_factor bends the acceptance ratio": acceptance.ssd_ratio_tempering_factor != 1.0,
-        "allow_resample is off, so rejected drafts are kept": not acceptance.allow_resample,
+        "allow_resample is off, so rejected drafts are not replaced": not acceptance.allow_resample,
         "the published rule is random on argmax drafts (acceptance exact is not)": (
             acceptance.acceptance == "published" and options.sampling.temperature < GREEDY_BELOW
         ),

@@ -44,8 +44,8 @@ def test_the_second_gpu_gives_the_text_of_the_first(name):
     texts = []
     for device in ("cuda:0", "cuda:1"):
         model = family.model_class.from_pretrained(family.shipped, device=device, dtype=torch.float32)
-        for decoder in family.decoders.values():
-            texts.append([decoder.generate(model, prompts, max_new_tokens=48).tokens for _ in range(2)])
+        decoders = [decoder.generate for decoder in family.decoders.values()]
+        texts += [decode(model, prompts, max_new_tokens=48).tokens for decode in decoders for _ in range(2)]
     half = len(texts) // 2
     assert texts[:half] == texts[half:]
     assert torch.cuda.current_device() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 
 import pytest
@@ -141,6 +142,46 @@ def test_savings_never_change_the_text():
     assert sum(saved.forwards.values()) < sum(full.forwards.values())
 
 
+def test_rounded_texts_have_the_token_after_their_last_block_whatever_is_saved():
+    flat = {**SMALL, "round_to_blocks": True, "max_new_tokens": 16}
+    saved, full = (family().run("plain", PROMPTS, {**flat, "skip_last_commit": on}) for on in (True, False))
+    assert saved.tokens == full.tokens
+    assert [len(p) + len(t) for p, t in zip(PROMPTS, saved.tokens, strict=True)] == [
+        len(p) // 8 * 8 + 16 + 1 for p in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("block_length", [1, 8])
+def test_sampled_savings_never_change_the_text(block_length):
+    flat = {**SMALL, **LOSSLESS, "temperature": 1.0, "block_length": block_length, "small_block_length": 1}
+    saved, full = (
+        family().run("speculative", PROMPTS, {**flat, "reuse_verify": on, "skip_last_commit": on}, seed=3)
+        for on in (True, False)
+    )
+    assert saved.tokens == full.tokens
+    assert [c.uniforms_used for c in saved.completions] == [c.uniforms_used for c in full.completions]
+    other = family().run("speculative", PROMPTS, flat, seed=4)
+    assert all(a != b for a, b in zip(saved.tokens, other.tokens, strict=True)), "texts are drawn"
+
+
+@pytest.mark.parametrize("flat", [{"block_length": 1}, {"max_new_tokens": 1}, {"small_block_length": 4}], ids=str)
+def test_numbers_that_break_name_their_layer(flat):
+    """In a prefill, in a commit, and in a draft."""
+    broken = copy.deepcopy(family().model)
+    broken.model.layers[2].mlp.down_proj.weight.data[0] = float("nan")
+    flat = {**SMALL, "small_block_length": 1, **flat}
+    with pytest.raises(FloatingPointError, match=r"request 0, .*NaN or infinity, first in layer 2"):
+        generate_fast(broken, [list(range(8))], **flat)
+
+
+def test_an_unrefreshed_block_cache_is_as_published_with_s2d2():
+    """A draft goes within the small block from the second of a block on, so a block costs one whole draft."""
+    flat = {**SMALL, "use_block_cache": True, "do_verify_policy": "never", "small_block_length": 2}
+    stale, fresh = (family().run("speculative", PROMPTS, {**flat, "refresh_block_cache": on}) for on in (False, True))
+    assert stale.tokens != fresh.tokens
+    assert stale.batch_tokens["draft"] < fresh.batch_tokens["draft"]
+
+
 def test_prompt_of_one_block_is_seen():
     one, other = family().run("plain", [[1] * 8, [2] * 8], SMALL).tokens
     assert one != other
@@ -164,6 +205,10 @@ def test_published_cache_of_s2d2_is_refused():
 def test_ssd_has_one_policy():
     with pytest.raises(UserError, match="Allowed with ssd: mask_span_length"):
         family().run("ssd", [[1, 2]], {**SMALL, "do_verify_policy": "always"})
+    with pytest.raises(UserError, match="Allowed with ssd: mask_span_length"):
+        generate_ssd(family().model, [[1, 2]], Options.from_flat(SMALL), do_verify_policy="always")
+    with pytest.raises(UserError, match="options is a StandardOptions"):
+        generate_ssd(family().model, [[1, 2]], StandardOptions.from_flat(SMALL))
 
 
 @pytest.mark.parametrize("count", [1, 9, 21])

@@ -67,12 +67,12 @@ def test_without_a_prompt_decoders_are_compared(checkpoint, capsys):
 def test_flags_of_the_published_script(checkpoint, capsys):
     """Its command lines paste: ``-p``, ``--device_map``, values of booleans, spellings of thresholds and lengths."""
     argv = (
-        "--generate_fn ssd_policy --dtype float32 --device_map cpu --seed 42 --threshold 0.95 --editing_threshold 0.0 "
+        "--generate_fn ssd_policy --dtype float32 --device_map=cpu --seed 42 --threshold 0.95 --editing_threshold 0.0 "
     )
     argv += "--gen_length 8 --block_length 8 --max_post_steps 2 --num_to_transfer 1 --eos_early_stop true --temperature 0.0 "
     argv += "--do_verify_policy score_hysteresis --hysteresis_threshold_on 0 --hysteresis_threshold_off -5 "
     argv += "--do_verify_score_type difference_static --score_penalty_coef 4 --token_acceptance_estimator soft_entropy_negexp "
-    argv += "--record_decoding_order yes"
+    argv += "--record_decoding_order=yes --top_k none --top_p None"
     example_llada.main(["--model", checkpoint, "-p", "What is 2 + 2?", *argv.split()])
     out = capsys.readouterr().out
     assert "step    0 |" in out
@@ -112,8 +112,11 @@ def test_trace_file_has_the_edits(checkpoint, capsys, tmp_path):
     [
         (["--generate_fn", "ssd"], "unknown generate_fn 'ssd'. Allowed: nocache, cached, ssd_policy"),
         (["--editing_treshold", "0.5"], "did you mean editing_threshold"),
-        (["--generate_fn", "nocache", "--fuse_commit", "true"], "unknown flag 'fuse_commit'"),
-        (["--cache_ver"], "unknown flag 'cache_ver'"),
+        (
+            ["--generate_fn", "nocache", "--fuse_commit", "true"],
+            "'fuse_commit' is not one of nocache. Allowed with --generate_fn cached or --generate_fn ssd_policy",
+        ),
+        (["--cache_ver"], "'cache_ver' is not one of cached. Allowed with --generate_fn ssd_policy"),
         (["--max_post_steps", "-1"], "max_post_steps is -1. Allowed: at least 0"),
         (["--prompt", ""], "empty"),
     ],

@@ -15,6 +15,7 @@ from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.cli import (
     SCRIPT_ALIASES,
     Results,
+    Script,
     ScriptArguments,
     Streamer,
     build_parser,
@@ -56,7 +57,10 @@ def test_every_field_is_a_flag():
     flags = {s for a in build_parser(Options, "about")._actions for s in a.option_strings}
     names = [*Options.names(), *(f.name for f in dataclasses.fields(ScriptArguments))]
     assert {f"--{n}" for n in names} <= flags
-    assert {f"--{s}" for n, row in {**ALIASES, **SCRIPT_ALIASES}.items() if n in names for s in row} <= flags
+    assert {
+        f"--{s}" for n, row in {**ALIASES, **SCRIPT_ALIASES}.items() if n in names for s in row if len(s) > 1
+    } <= flags
+    assert "-p" in flags
 
 
 def test_help_tells_choices_and_defaults(capsys):
@@ -509,19 +513,71 @@ def test_script_without_a_checkpoint(tmp_path, capsys):
     assert "tiny" in capsys.readouterr().err
 
 
+@dataclass(frozen=True, slots=True)
+class Plain(FlatOptions):
+    blocks: Blocks = field(default_factory=Blocks)
+
+
+def _script(name: str, options=Options, **more) -> Script:
+    """A script that is parsed and not run."""
+    nothing = lambda *_, **__: {}  # noqa: E731
+    return Script(
+        "about", Path("nowhere"), SDARForCausalLM, options, PRESETS, "small", name, nothing, nothing, "hi", **more
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "name", "rest"),
     [
         (["--seed", "1"], "plain", ["--seed", "1"]),
         (["--fn", "fast", "--seed", "1"], "fast", ["--seed", "1"]),
         (["--seed", "1", "--fn=fast"], "fast", ["--seed", "1"]),
+        (["--fn", "fast", "--seed", "1", "--fn=plain"], "plain", ["--seed", "1"]),
     ],
 )
 def test_a_script_of_several(argv, name, rest):
-    assert choose_script({"plain": "plain", "fast": "fast"}, argv, "fn", "plain") == (name, rest)
+    scripts = {n: _script(n) for n in ("plain", "fast")}
+    script, left = choose_script(scripts, argv, "fn", "plain")
+    assert (script.title, left) == (name, rest)
+    assert (script.choice.flag, script.choice.name) == ("fn", name)
+
+
+def test_the_help_of_one_of_several_names_all(capsys):
+    script, rest = choose_script({n: _script(n) for n in ("plain", "fast")}, ["--fn", "fast", "--help"], "fn", "plain")
+    with pytest.raises(SystemExit):
+        script.run(rest)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--fn NAME {plain, fast}, each with flags of its own; these are of fast" in out
+    assert "single flags go on top {small, paper}" in out
+
+
+def test_a_flag_of_another_script_says_whose_it_is():
+    scripts = {"plain": _script("plain", options=Plain), "fast": _script("fast"), "faster": _script("faster")}
+    script, rest = choose_script(scripts, ["--cache_ver"], "fn", "plain")
+    with pytest.raises(UserError, match=r"'cache_ver' is not one of plain\. Allowed with --fn fast or --fn faster"):
+        script.run(rest)
+    with pytest.raises(UserError, match="unknown flag 'cache_vr'"):
+        script.run(["--cache_vr"])
+
+
+def test_a_script_may_refuse_options_before_it_loads_anything():
+    def check(options):
+        raise UserError("not these")
+
+    with pytest.raises(UserError, match="not these"):
+        _script("plain", check=check).run(["--model", "nowhere"])
+
+
+def test_an_error_about_what_the_preset_sets_says_so():
+    presets = {"small": {"acceptance": "exact"}}
+    with pytest.raises(UserError, match=r"preset small sets acceptance, --acceptance on the command line overrides it"):
+        parsed("--preset", "small", "--no_resample", presets=presets)
+    with pytest.raises(UserError) as error:
+        parsed("--preset", "small", "--no_resample", "--acceptance", "exact", presets=presets)
+    assert "preset" not in str(error.value)
 
 
 @pytest.mark.parametrize("argv", [["--fn", "fasst"], ["--fn"]])
 def test_a_script_that_is_not_there(argv):
     with pytest.raises(UserError, match=r"fn .*plain, fast"):
-        choose_script({"plain": "plain", "fast": "fast"}, argv, "fn", "plain")
+        choose_script({n: _script(n) for n in ("plain", "fast")}, argv, "fn", "plain")
