@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 MUON_LR = 0.02
 ADAM_LR = 3e-3
+QK_DECAY = 0.5
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -27,14 +28,16 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised. Parameters of one shape are stacked and updated together.
 
-    A parameter of three dimensions is a stack of matrices (the experts of a layer), each orthogonalised alone.
+    A parameter of three dimensions is a stack of matrices (the experts of a layer), each orthogonalised alone. Singular values of an update are near
+    ``lr``, so ``decay`` keeps those of a weight below about ``1 / decay``.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float = MUON_LR, momentum: float = 0.95):
+    def __init__(self, parameters: list[nn.Parameter], lr: float = MUON_LR, momentum: float = 0.95, decay: float = 0.0):
         shapes = defaultdict(list)
         for parameter in parameters:
             shapes[tuple(parameter.shape)].append(parameter)
-        super().__init__([{"params": group} for group in shapes.values()], {"lr": lr, "momentum": momentum})
+        groups = [{"params": group} for group in shapes.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -51,16 +54,25 @@ class Muon(torch.optim.Optimizer):
             flat = orthogonalise(flat) if rows <= columns else orthogonalise(flat.mT).mT
             update = flat.view_as(update)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["decay"])
             torch._foreach_add_(parameters, list(update.unbind()), alpha=-scale)
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon over the matrices of the layers, AdamW over embedding, head, norms and routers."""
-    routers = ".mlp.gate.weight"
-    matrices = [
-        p for name, p in model.named_parameters() if ".layers." in name and p.ndim >= 2 and not name.endswith(routers)
-    ]
-    chosen = {id(p) for p in matrices}
+    """Muon over the matrices of the layers, AdamW over embedding, head, norms and routers.
+
+    Without a norm of their own, queries and keys grow until attention is hard and learns no more; their projections are decayed instead.
+    """
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if ".layers." in name and p.ndim >= 2 and not name.endswith(".mlp.gate.weight")
+    }
+    unnormed = [p for name, p in matrices.items() if name.endswith((".q_proj.weight", ".k_proj.weight"))]
+    if any(name.endswith(".q_norm.weight") for name, _ in model.named_parameters()):
+        unnormed = []
+    chosen, decayed = {id(p) for p in matrices.values()}, {id(p) for p in unnormed}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     adam = torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=rest[0].is_cuda)
-    return [Muon(matrices), adam]
+    others = [p for p in matrices.values() if id(p) not in decayed]
+    return [Muon(others), *([Muon(unnormed, decay=QK_DECAY)] if unnormed else []), adam]

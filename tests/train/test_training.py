@@ -18,7 +18,7 @@ from tests.train.shipped import TINY
 from train.__main__ import load_model, main
 from train.data import TRAINED_TO, WIDTH_STEP, batches, encode_rows
 from train.loop import learning_rate_scale
-from train.optim import Muon, orthogonalise
+from train.optim import Muon, optimizers, orthogonalise
 from train.probe import decode_blocks, decode_one_by_one, judge, new_canvas, texts_of
 from train.tasks import held_out
 from train.tokenizer import chat_prompt
@@ -180,3 +180,33 @@ def test_one_by_one_is_block_length_one(tokenizer):
             decode(tiny, canvas)
         texts.append(texts_of(canvas, tokenizer)[0])
     assert texts[0] == texts[1]
+
+
+def test_decay_bounds_what_an_update_of_one_direction_builds_up():
+    weight = torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer, direction = Muon([weight], lr=0.1, decay=0.5), torch.eye(4, 6)
+    for _ in range(200):
+        weight.grad = -direction
+        optimizer.step()
+    assert 1.4 < float(torch.linalg.matrix_norm(weight, 2)) < 2.5, "about 1 / decay"
+
+
+@pytest.mark.parametrize(("model_class", "decays"), [(Fast_dLLM_QwenForCausalLM, [0.0, 0.5]), (SDARForCausalLM, [0.0])])
+def test_queries_and_keys_without_a_norm_are_decayed(model_class, decays):
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = model_class(model_class.config_class(**sizes, num_key_value_heads=1, head_dim=4))
+    steppers = optimizers(model)
+    assert [s.param_groups[0]["decay"] for s in steppers if isinstance(s, Muon)] == decays
+    held = [id(p) for s in steppers for group in s.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    attention = model.model.layers[0].self_attn
+    decayed = {id(p) for group in steppers[-2].param_groups for p in group["params"]}
+    assert (id(attention.q_proj.weight) in decayed, id(attention.v_proj.weight) in decayed) == (
+        (True, False) if len(decays) > 1 else (True, True)
+    )
