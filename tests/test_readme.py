@@ -13,16 +13,34 @@ import pytest
 
 from eval import compare, results, speed_tables
 from eval.model import DraftAndVerifyLM
+from fast_dllm_v2 import example_v2
+from llada2 import example_llada
 from sdar import generate, generate_ssd_policy
-from shared.cli import parse
+from shared.cli import choose_script, parse
 from shared.docs import refreshed
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("benchmarks/*/README.md"))]
-SCRIPTS = {"generate.py": generate.SCRIPT, "generate_ssd_policy.py": generate_ssd_policy.SCRIPT}
+SCRIPTS = {
+    "generate.py": lambda argv: (generate.SCRIPT, argv),
+    "generate_ssd_policy.py": lambda argv: (generate_ssd_policy.SCRIPT, argv),
+    "example_v2.py": lambda argv: choose_script(example_v2.SCRIPTS, argv, "generate_fn", "fast"),
+    "example_llada.py": lambda argv: choose_script(example_llada.SCRIPTS, argv, "generate_fn", "cached"),
+}
 # Commands that a test cannot run: they fetch a real checkpoint, need a GPU, take long, or are the suite itself. Their flags are still parsed
 # where a parser of ours reads them.
-NOT_RUN = ("JetLM/", "make ", "pip ", "git ", "python -m train", "torchrun", "python -m pytest", "python -m eval")
+NOT_RUN = (
+    "JetLM/",
+    "Efficient-Large-Model/",
+    "inclusionAI/",
+    "make ",
+    "pip ",
+    "git ",
+    "python -m train",
+    "torchrun",
+    "python -m pytest",
+    "python -m eval",
+)
 
 
 def commands() -> list[tuple[Path, str]]:
@@ -58,8 +76,8 @@ def test_command(folder, command, tmp_path):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     if words[0] == "python" and words[1] in SCRIPTS:
-        script = SCRIPTS[words[1]]
-        parse(script.options, script.presets, words[2:], script.description, script.shipped)
+        script, rest = SCRIPTS[words[1]](words[2:])
+        parse(script.options, script.presets, rest, script.description, script.shipped)
     if words[:3] == ["python", "-m", "eval.compare"]:
         args = compare.parser().parse_args(words[3:])
         assert args.readme is not None or compare.grid_from(args).settings
