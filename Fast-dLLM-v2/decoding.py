@@ -22,7 +22,7 @@ from shared import run as shared_run
 from shared.batch import Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
 from shared.draft import Choice, Draft, How
-from shared.engine import Engine, Inputs
+from shared.engine import Engine, Inputs, Staged
 from shared.errors import UserError
 from shared.graphs import Shape
 from shared.output import Completion, Lossless, Output
@@ -204,16 +204,23 @@ def encode_prompts(run: Run, rows: list[int]) -> list[Finished]:
 
 
 def put_next(run: Run, rows: list[int], logits: Tensor | None) -> list[Finished]:
-    """Choose the token that follows the last committed block of ``rows`` from its logits ``[b, V]``, and write it (see `Rows.put_next`)."""
+    """Choose and write the token that follows the last committed block of ``rows``, from its logits ``[b, V]`` (one read; see `Rows.settle_next`)."""
     if not rows:
         return []
-    sampling, index, uniform = run.options.sampling, run.batch.index(rows), None
+    tokens = run.phase(next_tokens, run, run.batch.index(rows), logits)
+    with naming_the_layer(run, rows):
+        return run.batch.settle_next(rows, tokens.tolist())
+
+
+def next_tokens(run: Run, index: Tensor, logits: Tensor) -> Tensor:
+    """The tokens ``[b]`` that rows ``index [b]`` begin their small blocks with, written there; `NOT_A_NUMBER` where the logits are none."""
+    sampling, uniform = run.options.sampling, None
     temperature = 0.0 if run.options.blocks.greedy_next else sampling.temperature
     if temperature >= GREEDY_BELOW:
         uniform = run.batch.uniforms.take(index, 1, 1)[:, 0]
     tokens, confidence = sample(run.rule_out(logits), uniform, temperature, sampling.top_k, sampling.top_p)
-    with naming_the_layer(run, rows):
-        return run.batch.put_next(rows, torch.where(confidence.isfinite(), tokens, NOT_A_NUMBER))
+    run.batch.write_next(index, tokens)
+    return torch.where(confidence.isfinite(), tokens, NOT_A_NUMBER)
 
 
 def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
@@ -399,17 +406,21 @@ def commit(run: Run, keep: list[Finished]) -> Tensor | None:
     logits = None if run.next_logits is None else run.next_logits[batch.index(rows)]
     if now:
         these = [rows[k] for k in now]
-        ids, positions = batch.whole(batch.index(these))
-        mask = masks.token_causal(length, ids.device) if run.cache_options.cache_ver else None
-        at = torch.full_like(ids[:, :1], length - 1)
-        inputs = Inputs(ids, positions, batch.index(these), mask, logits_at=at)
-        found = run.forward("commit", these, inputs, length)[:, 0]
+        found = run.forward("commit", these, run.phase(commit_inputs, run, batch.index(these)), length)[:, 0]
         logits = found if len(now) == len(keep) else logits.index_copy(0, batch.index(now), found)
     run.cache.commit([length] * len(rows), rows)
     run.causal_rows[rows] = 0
     for i in rows:
         batch.rows[i].block_cached = False
     return logits
+
+
+def commit_inputs(run: Run, index: Tensor) -> Inputs | Staged:
+    """The blocks of rows ``index [b]`` as they are, and the logits of the token that follows."""
+    ids, positions = run.batch.whole(index)
+    mask = masks.token_causal(run.batch.window, ids.device) if run.cache_options.cache_ver else None
+    at = torch.full_like(ids[:, :1], run.batch.window - 1)
+    return run.engine.stage(Inputs(ids, positions, index, mask, logits_at=at))
 
 
 def _lossless(options: StandardOptions) -> Lossless:

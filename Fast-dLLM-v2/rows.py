@@ -87,26 +87,21 @@ class Rows(Batch):
         positions = first[:, None] + torch.arange(self.window, device=rows.device)
         return self.tokens[rows[:, None], positions], positions
 
-    def put_next(self, rows: list[int], tokens: Tensor) -> list[Finished]:
-        """Write ``tokens [b]``, each at the start of its row's current small block, as an iteration of its own (one read).
-
-        Returns the rows that end with it, and those whose small block is complete.
-        """
-        if not rows:
-            return []
-        read = tokens.tolist()
-        if NOT_A_NUMBER in read:
-            row = self.rows[rows[read.index(NOT_A_NUMBER)]]
-            raise FloatingPointError(f"{row.where}: the logits of the token after a block hold NaN or infinity")
-        index = self.index(rows)
+    def write_next(self, index: Tensor, tokens: Tensor) -> None:
+        """Write ``tokens [b]``, each at the start of its row's current small block, as an iteration of its own. No host read."""
         at = (index, self.start[index])
         self.tokens[at] = tokens
         self.history[index, 0, at[1]], self.history[index, 1, at[1]] = self.iteration[index], int(How.NEXT)
         self.history[index, 2, at[1]] = 0
-        self.iteration[index] += 1
+        self.iteration.index_add_(0, index, torch.ones_like(index))
+
+    def settle_next(self, rows: list[int], read: list[int]) -> list[Finished]:
+        """Count the tokens that `write_next` wrote; returns the rows that end with theirs, and those whose small block is complete."""
         finished = []
         for i, token in zip(rows, read, strict=True):
             row = self.rows[i]
+            if token == NOT_A_NUMBER:
+                raise FloatingPointError(f"{row.where}: the logits of the token after a block hold NaN or infinity")
             row.iterations += 1
             self.begun.add(i)
             last = token in self.stop_ids or row.start >= self._text_end(i) - 1
