@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
+from fast_dllm_v2.generate_policy_utils import generate_ssd_policy as generate_ssd_policy_v2
+from fast_dllm_v2.generate_utils import generate_fast
 from sdar import generate, generate_ssd_policy
 from sdar.fast import FastSDAR
 from sdar.modeling_sdar import SDARForCausalLM
@@ -37,6 +40,21 @@ DECODES = {
     "bandit": (generate_ssd_policy, {"do_verify_policy": "contextual_bandit_ucb", "cache_ver": True}),
     "published": (generate_ssd_policy, {"round_to_blocks": True, "fuse_commit": False, "short_verify": False}),
 }
+
+
+SHIFTED = ROOT / "tests" / "golden" / "Fast-dLLM-v2" / "model"  # its queries, keys and values have biases
+SHIFTED_DECODES = {
+    "fast": (generate_fast, {"temperature": 0.8}),
+    "exact": (generate_ssd_policy_v2, EXACT | {"draft_ver": True, "small_block_length": 8}),
+    "cached": (generate_ssd_policy_v2, {"use_block_cache": True, "temperature": 1.0, "small_block_length": 4}),
+}
+
+
+def shifted(model) -> dict[str, list]:
+    """Tokens and forwards of Fast-dLLM v2, whose projections have biases."""
+    flat = {"max_new_tokens": 20, "block_length": 8, "mask_id": 255, "batch_size": 2, "seed": 7}
+    outputs = {name: decode(model, PROMPTS, **(flat | more)) for name, (decode, more) in SHIFTED_DECODES.items()}
+    return {name: [(c.tokens, c.trace.forwards, c.uniforms_used) for c in o.completions] for name, o in outputs.items()}
 
 
 def forwards(model) -> dict[str, torch.Tensor]:
@@ -84,6 +102,7 @@ def process(folder: Path) -> None:
     found["agree"] = [model.group.agree(x) for x in [*hidden, *found["logits"]["float32"].values()] if x.numel()]
     found["kv_heads"] = model.new_cache(1, 4).keys.shape[2]
     output = generate.block_diffusion_generate(model, PROMPTS, max_new_tokens=8)
+    found["shifted"] = shifted(tensor_parallel.load(Fast_dLLM_QwenForCausalLM, SHIFTED, world))
     merged = world.gather(output)
     found["gathered"] = merged and (merged.tokens == output.tokens, merged.batch_forwards == output.batch_forwards)
     (folder / f"{world.rank}.pkl").write_bytes(pickle.dumps(found))
@@ -135,6 +154,11 @@ def test_tokens_and_traces_of_two_processes_are_those_of_one(one, two, name):
         assert got == want
         torch.testing.assert_close(same, confidence, rtol=1e-4, atol=1e-6)
     assert torch.equal(two[0]["decodes"][name][2], two[1]["decodes"][name][2])
+
+
+def test_a_network_with_biases(two):
+    want = shifted(Fast_dLLM_QwenForCausalLM.from_pretrained(SHIFTED))
+    assert [found["shifted"] for found in two] == [want, want]
 
 
 def test_processes_have_the_same_bits(two):
