@@ -6,55 +6,27 @@ Every forward sees the whole sequence from position 0 under an explicit mask. Sl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sdar.decoding import resolve
 from sdar.modeling_sdar import SDARForCausalLM
-from sdar.options import Options, StandardOptions
-from shared.acceptance import entropy, estimate, normalized_entropy
-from shared.options import Acceptance, Cache
-from shared.sampling import inverse_cdf, sample, transform
+from sdar.options import StandardOptions
+from shared import reference
+from shared.acceptance import entropy
+from shared.draft import How
+from shared.reference import ReferenceText, Step
 
 
-@dataclass
-class ReferenceText:
-    """Ids without the prompt, the positions chosen at each step (in order), and forwards by kind."""
-
-    tokens: list[int] = field(default_factory=list)
-    order: list[list[int]] = field(default_factory=list)
-    forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "commit"), 0))
-
-
-@dataclass
-class Step:
-    """One drafted block, as lists over in-block positions."""
-
-    masked: list[int]
-    span: list[int]
-    tokens: list[int]
-    confidence: list[float]
-    logits: Tensor
-    weights: Tensor  # transformed draft logits, as the verifier and the estimators see them
-
-
-class Reference:
+class Reference(reference.Reference):
     """`generate` decodes one prompt. The state is what the method needs: the sequence, and which keys each token may see."""
 
     def __init__(self, model: SDARForCausalLM, options: StandardOptions, uniforms: Sequence[float] = ()):
-        self.model, self.options = model, resolve(model, options)
-        self.blocks, self.sampling = self.options.blocks, self.options.sampling
-        self.speculative = isinstance(options, Options)
-        self.cache_options = self.options.cache if self.speculative else Cache()
-        self.acceptance = self.options.acceptance if self.speculative else Acceptance()
-        self.uniforms: Iterator[float] = iter(uniforms)
-        self.out = ReferenceText()
-        self.switch_on = False  # score_hysteresis
-        self.arms: dict[int, list[list[float]]] = {}  # contextual_bandit_ucb: bucket -> rewards of (skip, verify)
-        self.decisions = 0
+        options = resolve(model, options)
+        super().__init__(options, uniforms, options.blocks.block_length)
+        self.model, self.speculative, self.out = model, hasattr(options, "routing"), ReferenceText()
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int]) -> ReferenceText:
@@ -98,47 +70,36 @@ class Reference:
         return tokens
 
     def forward(self, ids: list[int], positions: list[int], seen: Tensor, rows: slice) -> Tensor:
-        logits = self.model(torch.tensor([ids]), torch.tensor([positions]), None, seen)[0, rows].float()
-        if self.sampling.suppress_mask:
-            logits[:, self.blocks.mask_id] = float("-inf")
-        return logits
+        logits = self.model(torch.tensor([ids]), torch.tensor([positions]), None, seen)
+        return self.rule_out(logits[0, rows])
 
     def block(self, start: int, prompt_length: int) -> bool:
         """Decode ``x[start : start + L]``. True if the last step's verify forward saw the block as it is now."""
         length, steps = self.blocks.block_length, self.blocks.denoising_steps
         schedule = [max(1, length // steps + (s < length % steps)) for s in range(steps)]
-        decoded_so_far = 0
+        decoded = 0
         for s in range(2 * steps):
-            step = self.draft(start)
+            step = self.draft(start, decoded)
             need = min(schedule[s % steps], len(step.masked))
-            chosen: dict[int, int] = {}  # in-block position -> token, in order of choice
-            verified = self.speculative and self.wants_verify(step, decoded_so_far)
-            if verified:
-                self.verify(start, step, chosen)
-            if self.acceptance.always_check_high_confidence:
-                high = [i for i in step.masked if i not in chosen and step.confidence[i] > self.threshold]
-                chosen |= {i: step.tokens[i] for i in sorted(high, key=lambda i: -step.confidence[i])}
-            if len(chosen) < need:
-                chosen |= {i: step.tokens[i] for i in self.unmask(step, chosen, need - len(chosen), s >= steps)}
-            for i, token in chosen.items():
+            if self.wants_verify(step):
+                self.verify(step)
+            self.take_confident(step)
+            if len(step.chosen) < need:
+                step.take(self.by_rule(step, need - len(step.chosen), s >= steps), How.UNMASKED)
+            for i, (token, _) in step.chosen.items():
                 self.x[start + i] = token
-            self.out.order.append([start + i for i in chosen])
-            decoded_so_far += len(chosen)
-            if self.speculative and self.options.routing.do_verify_policy == "contextual_bandit_ucb":
-                self.arms[self.bucket][verified].append(len(chosen) / (1 + verified))
+            self.out.order.append([start + i for i in step.chosen])
+            decoded += len(step.chosen)
+            self.observe(step)
             if all(t != self.blocks.mask_id for t in self.x[start : start + length]):
                 if self.cache_options.cache_ver:
                     for i in range(start, start + length):
                         self.seen[i, i + 1 :] = False
                 whole = step.span[-1] == length - 1 or not self.options.savings.short_verify
-                return verified and whole and all(step.tokens[i] == t for i, t in chosen.items())
+                return step.verified and whole and step.as_drafted
         raise RuntimeError(f"block at {start}: masks left after {2 * steps} steps")
 
-    @property
-    def threshold(self) -> float:
-        return self.options.unmask.confidence_threshold
-
-    def draft(self, start: int) -> Step:
+    def draft(self, start: int, decoded: int) -> Step:
         """Denoise the block: it sees everything before it and all of itself; with ``draft_ver`` known leading tokens are causal."""
         length, end = self.blocks.block_length, start + self.blocks.block_length
         masked = [i for i in range(length) if self.x[start + i] == self.blocks.mask_id]
@@ -149,23 +110,11 @@ class Reference:
                 self.seen[start + i, start + i + 1 :] = False
         self.out.forwards["draft"] += 1
         logits = self.forward(self.x[:end], list(range(end)), self.seen[:end, :end], slice(start, end))
-        uniform = None
-        if self.sampling.temperature >= 1e-6:
-            uniform = torch.tensor([next(self.uniforms) for _ in range(length)])
-        tokens, confidence = sample(
-            logits, uniform, self.sampling.temperature, self.sampling.top_k, self.sampling.top_p
-        )
-        span = [masked[0]]
-        while span[-1] + 1 in masked:
-            span.append(span[-1] + 1)
-        return Step(masked, span, tokens.tolist(), confidence.tolist(), logits, self.transform(logits))
+        return Step(start, self.x[start:end], masked, *self.draw(logits), logits, decoded)
 
-    def transform(self, logits: Tensor) -> Tensor:
-        return transform(logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
-
-    def verify(self, start: int, step: Step, chosen: dict[int, int]) -> None:
-        """Accept a prefix of the span under the block-size-one law, one mask query per position (the 2L layout)."""
-        length, end = self.blocks.block_length, start + self.blocks.block_length
+    def verify(self, step: Step) -> None:
+        """Judge the span by the block-size-one law, one mask query per position (the 2L layout)."""
+        length, start, end = self.blocks.block_length, step.start, step.start + self.blocks.block_length
         drafted = [step.tokens[i] if i in step.masked else self.x[start + i] for i in range(length)]
         seen = torch.zeros(end + length, end + length, dtype=torch.bool)
         seen[:start, :start] = self.seen[:start, :start]
@@ -176,45 +125,20 @@ class Reference:
         self.out.forwards["verify"] += 1
         ids = self.x[:start] + drafted + [self.blocks.mask_id] * length
         positions = [*range(end), *range(start, end)]
-        logits = self.forward(ids, positions, seen, slice(end, end + length))
-        target = self.transform(logits).softmax(-1)
-        exact = self.acceptance.acceptance == "exact" and self.sampling.temperature < 1e-6
-        ratio = [float(target[i, step.tokens[i]]) / max(step.confidence[i], 1e-12) for i in range(length)]
-        ratio = [min(1.0, r**self.acceptance.ssd_ratio_tempering_factor) if r < 1 else 1.0 for r in ratio]
-        uniform = dict.fromkeys(step.span, 0.0) if exact else {i: next(self.uniforms) for i in step.span}
-        for i in step.span:
-            best = int(logits[i].argmax())
-            if step.tokens[i] == best if exact else uniform[i] < ratio[i]:
-                chosen[i] = step.tokens[i]
-                continue
-            if exact:
-                chosen[i] = best
-            else:
-                chosen[i] = self.resample(step, target, i) if self.acceptance.allow_resample else step.tokens[i]
-            break
-        if self.acceptance.ssd_ratio_threshold >= 0:
-            for i in step.masked if self.acceptance.ssd_threshold_all_spans else step.span:
-                if i not in chosen and ratio[i] >= self.acceptance.ssd_ratio_threshold:
-                    chosen[i] = step.tokens[i]
+        self.judge(step, self.forward(ids, positions, seen, slice(end, end + length)))
 
-    def resample(self, step: Step, target: Tensor, i: int) -> int:
-        """A token from the normalised positive part of ``q - p``, or from ``q`` where that has no mass."""
-        law = (target[i] - step.weights[i].softmax(-1)).clamp_min(0)
-        law = law / law.sum() if 0 < float(law.sum()) < math.inf else target[i]
-        return int(inverse_cdf(law, torch.tensor(next(self.uniforms))))
-
-    def unmask(self, step: Step, chosen: dict[int, int], due: int, overtime: bool) -> list[int]:
-        """Positions the rule takes among those still masked, in its order."""
-        free = [i for i in step.masked if i not in chosen]
+    def by_rule(self, step: Step, due: int, overtime: bool) -> list[int]:
+        """Positions the unmasking rule takes among those still masked, in its order."""
+        free = step.free
         due = min(due, len(free))
         by_confidence = sorted(free, key=lambda i: -step.confidence[i])
-        rule = self.options.unmask.remasking_strategy
+        rule = self.unmask.remasking_strategy
         if rule == "sequential":
             return free[:due]
         if rule == "low_confidence_static":
             return by_confidence[:due]
         if rule == "low_confidence_dynamic":
-            high = [i for i in by_confidence if step.confidence[i] > self.threshold]
+            high = [i for i in by_confidence if step.confidence[i] > self.unmask.confidence_threshold]
             return high if len(high) >= due else by_confidence[:due]
         if rule == "entropy_bounded":
             cost = entropy(step.logits).tolist()
@@ -222,55 +146,11 @@ class Reference:
             cost = [-sum(c * math.log(c) for c in (max(c, 1e-12) for c in step.confidence))] * len(step.confidence)
         free.sort(key=lambda i: cost[i])
         count, spent = 0, 0.0
-        while count < len(free) and spent + cost[free[count]] < self.options.unmask.eb_threshold:
+        while count < len(free) and spent + cost[free[count]] < self.unmask.eb_threshold:
             spent += cost[free[count]]
             count += 1
         count = max(count, due if overtime else 1)
         return free[: min(count, due) if self.speculative else count]
-
-    def wants_verify(self, step: Step, decoded_so_far: int) -> bool:
-        """The routing policies, one text at a time (S2D2, routing)."""
-        routing = self.options.routing
-        confident = sum(step.confidence[i] > self.threshold for i in step.masked)
-        match routing.do_verify_policy:
-            case "always" | "never" as policy:
-                return policy == "always"
-            case "mask_span_length":
-                few = confident < min(routing.min_ssd_span_length, len(step.masked))
-                return len(step.span) >= routing.min_ssd_span_length or (routing.legacy_ssd_span_strategy and few)
-            case "contextual_bandit_ucb":
-                return self.bandit(step, decoded_so_far)
-        alpha = estimate(step.weights, torch.tensor(step.confidence), self.options.estimation).tolist()
-        gain = sum(math.prod(alpha[j] for j in step.span[: k + 1]) for k in range(len(step.span)))
-        price = confident if routing.do_verify_score_type == "difference_dynamic" else 1
-        score = gain - routing.score_penalty_coef * price
-        if routing.do_verify_policy == "score_threshold":
-            return score >= routing.do_verify_score_threshold
-        on = score >= routing.hysteresis_threshold_off if self.switch_on else score > routing.hysteresis_threshold_on
-        self.switch_on = on
-        return on
-
-    def bandit(self, step: Step, decoded_so_far: int) -> bool:
-        options, length = self.options.bandit, self.blocks.block_length
-        where = step.span if options.ucb_entropy_source == "span" else step.masked
-        mean_entropy = float(normalized_entropy(step.weights)[where].mean())
-        index = 0
-        for value, low, high, bins in (
-            (len(step.span), 1, length, options.ucb_span_length_bins),
-            (decoded_so_far / length, 0, 1, options.ucb_block_progress_bins),
-            (mean_entropy, 0, 1, options.ucb_entropy_bins),
-        ):
-            value = min(max(value, low), high)
-            inside = 0 if bins <= 1 or high <= low else min(bins - 1, int(bins * (value - low) / (high - low)))
-            index = index * bins + inside
-        self.decisions += 1
-        self.bucket = index
-        skip, verify = self.arms.setdefault(index, [[], []])
-        bound = [
-            sum(a) / len(a) + options.ucb_beta * math.sqrt(math.log(self.decisions) / len(a)) if a else math.inf
-            for a in (skip, verify)
-        ]
-        return bound[1] >= bound[0]
 
 
 def generate(

@@ -11,12 +11,13 @@ from functools import lru_cache
 import pytest
 import torch
 
-from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
+from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM, reference
 from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
 from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
-from fast_dllm_v2.options import PLAIN_PUBLISHED, PUBLISHED
+from fast_dllm_v2.options import PLAIN_PUBLISHED, PUBLISHED, Options, StandardOptions
 from shared.draft import How
 from shared.trace import Trace
+from shared.uniforms import request_uniforms
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("Fast-dLLM-v2")
@@ -91,3 +92,16 @@ def test_golden_decode(case):
             if not any(text.trace.how_of[p] == How.NEXT for p in order)
         ]
         assert steps == seen["do_verify"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
+def test_golden_decode_by_the_definition(case):
+    """A case without recorded numbers needs none in particular: its acceptance ratios are 0 or 1."""
+    options = (StandardOptions if case["decoder"] == "fast" else Options).from_flat(options_of(case))
+    recorded = case.get("uniforms")
+    uniforms = iter(request_uniforms(0, 0, 20_000).tolist() if recorded is None else recorded)
+    out = reference.generate(_model(), case["prompt_ids"], options, uniforms)
+    assert case["prompt_ids"] + out.tokens == case["output_ids"]
+    assert [step for step in out.order if step] == [[int(abs(a)) for a in s] for s in case["stats"]["decoding_order"]]
+    assert sum(out.forwards.values()) == case["stats"]["total_forward_steps"]
+    assert recorded is None or next(uniforms, None) is None, "every recorded number is used"

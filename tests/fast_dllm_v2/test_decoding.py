@@ -8,12 +8,13 @@ from functools import lru_cache
 import pytest
 import torch
 
-from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
+from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM, reference
 from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
 from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
 from fast_dllm_v2.modeling_fast import previous_row
 from fast_dllm_v2.options import Options, StandardOptions
 from shared.errors import UserError
+from shared.verify import Verdict
 from tests import family_checks as checks
 
 NO_STOP = {"stopping_criteria_idx": (), "mask_id": 255}
@@ -32,9 +33,101 @@ def family() -> checks.Family:
             "ssd": (generate_ssd, Options),
             "speculative": (generate_ssd_policy, Options),
         },
-        reference=None,
+        reference=reference.generate,
         one={"block_length": 1, "small_block_length": 1},
     )
+
+
+CACHED, STALE = {"use_block_cache": True}, {"use_block_cache": True, "refresh_block_cache": False}
+SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
+DRAFT_VER = {"draft_ver": True, "cache_ver": True}
+SCORE = {
+    "do_verify_policy": "score_threshold", "do_verify_score_type": "difference_static", "score_penalty_coef": 0.8,
+}  # fmt: skip
+PLAIN = {
+    "default": {},
+    "small8": {"small_block_length": 8},
+    "small2-block16": {"small_block_length": 2, "block_length": 16},
+    "small1": {"small_block_length": 1},
+    "block1": {"block_length": 1, "small_block_length": 1},
+    "one-a-step": {"confidence_threshold": 1.0},
+    "sampled": SAMPLED,
+    "sampled-greedy-next": {**SAMPLED, "greedy_next": True},
+    "cached": CACHED,
+    "cached-small2-block16": {**CACHED, "small_block_length": 2, "block_length": 16},
+    "cached-sampled": {**CACHED, **SAMPLED},
+    "stale": STALE,
+    "stale-small2": {**STALE, "small_block_length": 2, "confidence_threshold": 0.6},
+    "rounded": {"round_to_blocks": True, "trim_stop_tokens": False},
+    "rounded-sampled": {**SAMPLED, "round_to_blocks": True, "max_new_tokens": 8},
+    "rounded-to-nothing": {"round_to_blocks": True, "max_new_tokens": 7},
+    "stops": {"stopping_criteria_idx": tuple(range(0, 250, 11)), "trim_stop_tokens": False},
+    "mask-allowed": {"suppress_mask": False},
+}
+SPECULATIVE = {
+    "span1": {},
+    "span3": {"min_ssd_span_length": 3},
+    "span4-legacy": {"small_block_length": 8, "min_ssd_span_length": 4, "legacy_ssd_span_strategy": True},
+    "small8": {"small_block_length": 8},
+    "small1": {"small_block_length": 1},
+    "cached": CACHED,
+    "cached-draft_ver": {**CACHED, **DRAFT_VER, "min_ssd_span_length": 3},
+    "cached-sampled": {**CACHED, **SAMPLED, "cache_ver": True},
+    "stale": STALE,
+    "stale-sampled": {**STALE, **SAMPLED, "min_ssd_span_length": 2},
+    "stale-draft_ver": {**STALE, "draft_ver": True, "small_block_length": 2},
+    "cache_ver": {"cache_ver": True},
+    "draft_ver": {**DRAFT_VER, "min_ssd_span_length": 3},
+    "draft_ver-small_block": {**DRAFT_VER, "small_block_length": 2, "draft_ver_rows": "small_block", "block_length": 16},
+    "draft_ver-only-never": {"draft_ver": True, "do_verify_policy": "never", "small_block_length": 2},
+    "exact": LOSSLESS,
+    "exact-draft_ver-small8": {**LOSSLESS, "draft_ver": True, "small_block_length": 8},
+    "exact-cached": {**LOSSLESS, **CACHED},
+    "exact-sampled": {**LOSSLESS, "temperature": 0.8},
+    "exact-sampled-small1": {**LOSSLESS, "temperature": 0.8, "small_block_length": 1},
+    "exact-span3": {**LOSSLESS, "do_verify_policy": "mask_span_length", "min_ssd_span_length": 3},
+    "no-resample": {"allow_resample": False, "small_block_length": 8},
+    "no-resample-sampled": {**SAMPLED, "allow_resample": False, "ssd_ratio_tempering_factor": 2.0, "cache_ver": True},
+    "tempered": {"ssd_ratio_tempering_factor": 0.3, "small_block_length": 8, "cache_ver": True},
+    "verify-temperature": {"verify_temperature": 0.5, "top_p": 0.9},
+    "ratio": {"ssd_ratio_threshold": 0.2, "small_block_length": 8},
+    "ratio-all-spans": {"ssd_ratio_threshold": 0.2, "ssd_threshold_all_spans": True, "small_block_length": 8},
+    "confident": {"always_check_high_confidence": True, "min_ssd_span_length": 3, "small_block_length": 8},
+    "score-margin": {**SCORE, "token_acceptance_estimator": "hard_margin_threshold"},
+    "score-entropy": {**SCORE, "token_acceptance_estimator": "hard_entropy_threshold", "ssd_entropy_threshold": 0.4},
+    "score-power-dynamic": {
+        **SCORE, "token_acceptance_estimator": "soft_confidence_power", "do_verify_score_type": "difference_dynamic",
+    },
+    "score-linear": {**SCORE, "token_acceptance_estimator": "soft_clipped_linear_margin"},
+    "score-negexp": {**SCORE, "token_acceptance_estimator": "soft_entropy_negexp"},
+    "score-renyi": {**SCORE, "token_acceptance_estimator": "soft_renyi_2_entropy"},
+    "hysteresis": {
+        "do_verify_policy": "score_hysteresis", "do_verify_score_type": "difference_static", "score_penalty_coef": 0.0,
+        "hysteresis_threshold_on": 0.9, "hysteresis_threshold_off": 0.4, "token_acceptance_estimator": "soft_entropy_negexp",
+    },
+    "bandit": {"do_verify_policy": "contextual_bandit_ucb", "ucb_beta": 0.4, "ucb_entropy_bins": 3, "small_block_length": 8},
+    "bandit-masked-cached": {**CACHED, "do_verify_policy": "contextual_bandit_ucb", "ucb_entropy_source": "masked"},
+    "rounded-stops": {**SAMPLED, "round_to_blocks": True, "stopping_criteria_idx": tuple(range(0, 250, 17))},
+}  # fmt: skip
+UNSAVED = {"plain": {"skip_last_commit": False}, "speculative": {"skip_last_commit": False, "reuse_verify": False}}
+EVERY = [("plain", n, f) for n, f in PLAIN.items()] + [("speculative", n, f) for n, f in SPECULATIVE.items()]
+
+
+def settings(wanted):
+    """Those of `EVERY` for which ``wanted(decoder, flat)`` holds, as parameters of a test."""
+    flat = {**SMALL, "confidence_threshold": 0.3}
+    cases = [pytest.param(d, {**flat, **f}, id=f"{d}-{n}") for d, n, f in EVERY if wanted(d, f)]
+    return pytest.mark.parametrize(("decoder", "flat"), cases)
+
+
+@settings(lambda decoder, flat: True)
+def test_equals_reference(decoder, flat):
+    checks.check_equals_reference(family(), decoder, flat, PROMPTS[-5:])
+
+
+@settings(lambda decoder, flat: decoder == "plain" or flat.get("cache_ver"))
+def test_unsaved_equals_reference(decoder, flat):
+    checks.check_equals_reference(family(), decoder, {**flat, **UNSAVED[decoder]}, PROMPTS[-2:])
 
 
 def autoregressive(prompt: list[int], count: int) -> list[int]:
@@ -123,6 +216,31 @@ def test_unknown_option(decoder):
 
 def test_never_is_plain():
     checks.check_never_is_plain(family(), SMALL, PROMPTS)
+
+
+def reject_everything(draft, verifier_logits, queries, options, sampling, uniforms) -> Verdict:
+    """A verifier that finds nothing worth keeping and has nothing to put there."""
+    nothing, finite = torch.zeros_like(draft.span), torch.ones_like(draft.rows, dtype=torch.bool)
+    return Verdict(nothing, draft.span, None, torch.zeros_like(draft.confidence), finite)
+
+
+@pytest.mark.parametrize("more", [{}, SAMPLED, DRAFT_VER], ids=str)
+@pytest.mark.parametrize("cache", [{}, CACHED, STALE], ids=str)
+@pytest.mark.parametrize("small", [2, 8])
+def test_rejecting_everything_is_plain(small, cache, more):
+    """A verify leaves nothing behind: not in the block cache, not in what later drafts see, not in the random numbers."""
+    flat = {**SMALL, "confidence_threshold": 0.3, "small_block_length": small, "max_new_tokens": 13, **cache, **more}
+    rejected, never = (
+        family().run(
+            "speculative", PROMPTS[::2], {**flat, "do_verify_policy": p}, batch_size=3, judge=reject_everything
+        )
+        for p in ("always", "never")
+    )
+    assert [c.trace.order() for c in rejected.completions] == [c.trace.order() for c in never.completions]
+    assert [c.uniforms_used for c in rejected.completions] == [c.uniforms_used for c in never.completions]
+    assert rejected.forwards["verify"] == rejected.forwards["draft"] == never.forwards["draft"]
+    plain = never if "draft_ver" in flat else family().run("plain", PROMPTS[::2], flat, batch_size=3)
+    assert rejected.tokens == never.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9])
