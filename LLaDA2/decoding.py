@@ -25,7 +25,7 @@ from shared import run as shared_run
 from shared.batch import Finished, whole_blocks
 from shared.calls import check_call, check_prompts, split_call
 from shared.draft import Choice, Draft, How
-from shared.engine import Engine, Inputs, Staged
+from shared.engine import Engine, Inputs
 from shared.output import Completion, Lossless, Output
 from shared.prompts import as_prompts
 from shared.run import (
@@ -64,16 +64,6 @@ class Run(shared_run.Run):
     @property
     def whole_verify(self) -> bool:
         return not isinstance(self.options, Options) or super().whole_verify
-
-    def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, **place) -> Tensor:
-        """As `shared.run.Run.forward`; a mask that is a number is added to the scores, which one backend alone can do."""
-        backend = self.model.backend
-        if isinstance(staged, Inputs) and staged.mask is not None and staged.mask.is_floating_point():
-            self.model.backend = "reference"
-        try:
-            return super().forward(kind, rows, staged, tokens, **place)
-        finally:
-            self.model.backend = backend
 
 
 @inference

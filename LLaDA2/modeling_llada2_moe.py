@@ -217,8 +217,8 @@ class LLaDA2MoeModelLM(CheckpointModel):
         """Logits ``[B, T, V]`` for ``input_ids [B, T]`` at ``position_ids [B, T]``; row ``t`` predicts the token at its own position.
 
         ``cache``: the `Window` this forward writes to and reads from (None: the tokens see only each other).
-        ``local_mask``: None (all T see each other), bool ``[T, T]`` or ``[B, T, T]`` (True = may attend), or additive float (reference
-        backend only). ``logits_at`` limits which positions reach the head: a slice of T, or indices ``[B, K]`` -> ``[B, K, V]``.
+        ``local_mask``: None (all T see each other), bool ``[T, T]`` or ``[B, T, T]`` (True = may attend), or additive float, which the reference
+        attention alone can do and therefore does. ``logits_at`` limits which positions reach the head: a slice of T, or indices ``[B, K]`` -> ``[B, K, V]``.
         ``leading``: only this many first entries of the batch reach it (default: all).
         """
         x = self.model.word_embeddings(input_ids)
@@ -229,8 +229,9 @@ class LLaDA2MoeModelLM(CheckpointModel):
             mask = None
         else:
             mask = (local_mask if local_mask.dim() == 3 else local_mask[None])[:, None]
+        backend = "reference" if mask is not None and mask.is_floating_point() else self.backend
         for layer in self.model.layers:
-            x = layer(x, rope, cache, mask, self.backend)
+            x = layer(x, rope, cache, mask, backend)
         x = x[:leading]
         if isinstance(logits_at, slice):
             x = x[:, logits_at]

@@ -116,12 +116,8 @@ class Reference(reference.Reference):
     def forward(self, kind: str, ids: list[int], positions: list[int], bias: Tensor, counted: int) -> Tensor:
         """Logits ``[L, V]`` of the last L tokens."""
         self.out.forwards.append((kind, counted))
-        before, self.model.backend = self.model.backend, "reference" if self.blocks.as_bias else self.model.backend
         mask = bias if self.blocks.as_bias else bias == 0  # both hide what has -inf
-        try:
-            logits = self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)
-        finally:
-            self.model.backend = before
+        logits = self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)
         return self.rule_out(logits[0, -self.blocks.block_length :])
 
     def draft(self, start: int, masked: list[int], decoded: int) -> Step:

@@ -67,8 +67,7 @@ def test_golden_prefill(model, backend):
 
 
 def test_golden_mask_added_to_the_scores(model):
-    """The published decoders add the 0/1 mask, which masks nothing (``as_bias``)."""
-    model.backend = "reference"
+    """The published decoders add the 0/1 mask, which masks nothing (``as_bias``). The reference attention does it, unasked."""
     bias = recorded()["prefill.block_mask_01"][0, 0]
     logits = model(recorded()["prefill.input_ids"], recorded()["prefill.position_ids"], None, bias)
     assert error(logits, "prefill.logits_as_bias") <= 1e-4
