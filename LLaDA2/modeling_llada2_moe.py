@@ -69,7 +69,10 @@ class LLaDA2MoeMLP(nn.Module):
 
 
 class LLaDA2MoeGate(nn.Module):
-    """The router. ``expert_bias`` takes part in the choice only, never in the weights."""
+    """The router. ``expert_bias`` takes part in the choice only, never in the weights.
+
+    It stays float32 (or wider) whatever the weights are cast to: rounded, it would choose other experts.
+    """
 
     def __init__(self, config: LLaDA2MoeConfig):
         super().__init__()
@@ -78,6 +81,14 @@ class LLaDA2MoeGate(nn.Module):
         self.register_buffer("expert_bias", torch.zeros(config.num_experts))
         self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.groups, self.top_groups = config.n_group, config.topk_group
+
+    def _apply(self, fn, recurse=True):
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype.itemsize < bias.dtype.itemsize:
+            wide = torch.promote_types(self.expert_bias.dtype, torch.float32)
+            self.expert_bias = bias.to(self.expert_bias.device, wide)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x [N, hidden]`` -> ``experts [N, K]`` and ``weights [N, K]``, at least float32."""

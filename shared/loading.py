@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from shared.errors import UserError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
+PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
@@ -71,37 +73,67 @@ def _shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no model.safetensors (other weight formats are not loaded; convert with safetensors)")
 
 
+def checked_shards(folder: Path, expected: Mapping[str, torch.Size], ignored: Collection[str] = ()) -> list[Path]:
+    """The weight files of a checkpoint that holds the tensors of ``expected`` in their shapes, and no others but those of ``ignored``."""
+    shards, shapes = _shards(folder), {}
+    with _naming_damage(folder):
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    _check_names(folder, expected, {k: shape for k, shape in shapes.items() if k not in ignored})
+    return shards
+
+
+def read_tensors(
+    shards: Iterable[Path],
+    keys: Collection[str],
+    part: Callable[[str, object], torch.Tensor] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``(key, tensor)`` for ``keys``, one after the other, on the host. ``part(key, weight)``: what to read of a tensor, where ``weight`` is an unread
+    safetensors slice (None: all).
+
+    A weight file is mapped into memory, where what was read of it stays until it is closed. So it is opened anew for every ``PIECE`` bytes.
+    """
+    for shard in shards:
+        with _naming_damage(shard.parent):
+            with safe_open(shard, framework="pt") as file:
+                left = [key for key in reversed(list(file.keys())) if key in keys]
+            while left:
+                size = 0
+                with safe_open(shard, framework="pt") as file:
+                    while left and size < PIECE:
+                        key = left.pop()
+                        tensor = part(key, file.get_slice(key)) if part else file.get_tensor(key)
+                        size += tensor.nbytes
+                        yield key, tensor
+
+
 def read_state_dict(
     folder: Path,
     expected: Mapping[str, torch.Size],
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    part: Callable[[str, object], torch.Tensor],
     ignored: Collection[str] = (),
-    part: Callable[[str, object], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint, checked by name and shape against ``expected`` before any of them is read.
+    """The ``part`` of every tensor of a checkpoint (see `read_tensors`) on ``device``, checked as a whole before any is read.
 
-    Tensors named in ``ignored`` may be there and are left where they are. ``part(key, weight)``: what to read of a tensor, where ``weight`` is an unread
-    safetensors slice (None: all).
+    Parts are cut on the host: the device never sees the rest.
     """
-    shards, shapes = _shards(folder), {}
+    state = {}
+    for key, tensor in read_tensors(checked_shards(folder, expected, ignored), expected, part):
+        tensor = tensor.to(device)
+        state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return state
+
+
+@contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
     try:
-        for shard in shards:
-            with safe_open(shard, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        _check_names(folder, expected, {k: shape for k, shape in shapes.items() if k not in ignored})
-        state = {}
-        for shard in shards:
-            # A part is cut on the host: the device never sees the rest.
-            with safe_open(shard, framework="pt", device="cpu" if part else str(device)) as file:
-                for key in file.keys():  # noqa: SIM118
-                    if key in expected:
-                        tensor = part(key, file.get_slice(key)).to(device) if part else file.get_tensor(key)
-                        state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        yield
     except SafetensorError as error:
         raise UserError(f"{folder}: a weight file is damaged ({error})") from error
-    return state
 
 
 def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]]) -> None:
@@ -161,21 +193,26 @@ class CheckpointModel(nn.Module):
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
         try:
             with torch.device("meta"):
-                model = cls(config)
+                model = cls(config).to(dtype)
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
-        head = [k for k in model.state_dict() if k == _HEAD and config.tie_word_embeddings]
-        expected = {k: v.shape for k, v in model.state_dict().items() if k not in head}
-        state = read_state_dict(folder, expected, dtype=dtype, device=device, ignored=head)
-        state |= {k: state[_EMBEDDING] for k in head}
-        model.load_state_dict(state, assign=True)
-        if head:  # assigning gave each name a parameter of its own
+        tied = config.tie_word_embeddings and _HEAD in model.state_dict()
+        if tied:
+            model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
+        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        shards = checked_shards(folder, shapes, [_HEAD] if tied else [])
+        model.to_empty(device=device)
+        # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
+        places = model.state_dict()
+        for key, tensor in read_tensors(shards, places):
+            places[key].copy_(tensor)
+        if tied:
             model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
         model.folder = folder
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads."""
+        """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads. ``dtype`` is that of the weights; buffers keep theirs."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -183,9 +220,9 @@ class CheckpointModel(nn.Module):
         config = copy.deepcopy(self.config)
         config.torch_dtype = dtype or self.dtype
         config.save_pretrained(folder)
-        tied = config.tie_word_embeddings
+        tied, buffers = config.tie_word_embeddings, dict(self.named_buffers())
         state = {
-            k: v.detach().to(dtype or v.dtype).contiguous().cpu()
+            k: v.detach().to(v.dtype if dtype is None or k in buffers else dtype).contiguous().cpu()
             for k, v in self.state_dict().items()
             if not (tied and k == _HEAD)
         }
@@ -248,13 +285,13 @@ def special_ids(
     """``(mask id, stop ids)``, each from the first that names it: flag, config, tokenizer, family table.
 
     The generation config's eos ids count as the config's. Every id is checked against the vocabulary; the family's, which are those of its
-    released checkpoints, do not count where they lie outside it.
+    released checkpoints, do not count where they lie outside it. The mask id ends no text: given as a stop id it is refused, elsewhere left out.
     """
     if family_mask is not None and family_mask >= vocab_size:
         family_mask = None
     mask = _mask_id(mask_id, config, tokenizer, family_mask)
     if stop_ids is None:
-        stop_ids = _stop_ids(config, folder, tokenizer, [i for i in family_stop if i < vocab_size])
+        stop_ids = _stop_ids(mask, config, folder, tokenizer, [i for i in family_stop if i < vocab_size])
     stops = tuple(int(i) for i in stop_ids)
     for field, value in [("mask_id", mask), *(("stopping_criteria_idx", i) for i in stops)]:
         if not 0 <= value < vocab_size:
@@ -273,10 +310,16 @@ def _mask_id(given: int | None, config, tokenizer, family: int | None) -> int:
     return int(found)
 
 
-def _stop_ids(config, folder: Path | None, tokenizer, family: list[int]) -> Iterable[int]:
-    """The eos ids of the first that has any: generation config, config, tokenizer, family table."""
+def _stop_ids(mask: int, config, folder: Path | None, tokenizer, family: list[int]) -> list[int]:
+    """The eos ids of the first that has any: generation config, config, tokenizer, family table.
+
+    A checkpoint may list its mask token among them, which no text ends with; one that lists nothing else has none.
+    """
     generation = folder / "generation_config.json" if folder else None
     listed = _read_json(generation).get("eos_token_id") if generation and generation.is_file() else None
-    candidates = (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family)
-    found = next(c for c in candidates if c is not None)
-    return found if isinstance(found, Iterable) else [found]
+    for found in (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family):
+        ids = found if isinstance(found, list | tuple) else [] if found is None else [found]
+        stops = [i for i in ids if i != mask]
+        if stops or (found is not None and not ids):
+            return stops
+    return []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from shared import loading
 from shared.distributed import World
 from shared.errors import UserError
 from shared.masks import block_causal, token_causal
@@ -204,13 +209,112 @@ def test_checkpoint_has_one_tensor_an_expert(tmp_path):
     assert set(load_file(FOLDER / "model" / "model.safetensors")) == set(loaded().state_dict())
 
 
-def test_a_missing_expert_is_named(tmp_path):
+EXPERT = "model.layers.2.mlp.experts.{}.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(EXPERT.format(7)), r"lacks model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight"),
+        (lambda s: s.update({EXPERT.format(8): torch.zeros(8, 16)}), r"does not know: .*experts\.8\.up_proj\.weight"),
+        (
+            lambda s: s.update({EXPERT.format(0): torch.zeros(16, 8)}),
+            r"experts\.0\.up_proj\.weight is \[16, 8\], the config asks for \[8, 16\]",
+        ),
+        (
+            lambda s: s.update({"model.layers.2.mlp.experts.up_proj": torch.zeros(8, 8, 16)}),
+            r"does not know: model\.layers\.2\.mlp\.experts\.up_proj",
+        ),
+    ],
+    ids=["missing", "one too many", "shape", "stacked"],
+)
+def test_experts_that_do_not_fit_are_named(tmp_path, change, message):
     random_model().float().save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    del state["model.layers.2.mlp.experts.7.up_proj.weight"]
+    change(state)
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"lacks model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight"):
+    with pytest.raises(UserError, match=message):
         LLaDA2MoeModelLM.from_pretrained(tmp_path)
+
+
+def test_experts_may_lie_in_any_shards_and_pieces(tmp_path, monkeypatch):
+    model = random_model().float()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    files = {f"{k}.safetensors": sorted(state)[k::3] for k in range(3)}
+    for file, names in files.items():
+        save_file({name: state[name] for name in names}, tmp_path / file)
+    index = {"weight_map": {name: file for file, names in files.items() for name in names}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for piece in (loading.PIECE, 1, 3000):
+        monkeypatch.setattr(loading, "PIECE", piece)
+        again = LLaDA2MoeModelLM.from_pretrained(tmp_path)
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_state_dict_goes_into_another_model():
+    one, other = random_model(), LLaDA2MoeModelLM(random_model().config).double()
+    other.load_state_dict(one.state_dict())
+    ids = torch.arange(5)[None]
+    assert torch.equal(other(ids, ids), one(ids, ids))
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from llada2 import LLaDA2MoeModelLM
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+small, large, dtype = sys.argv[1:]
+LLaDA2MoeModelLM.from_pretrained(small)  # what is imported on the way is none of the weights
+before = kilobytes("VmRSS")
+model = LLaDA2MoeModelLM.from_pretrained(large, dtype=dtype)
+held = sum(p.nbytes for p in model.parameters())
+print((kilobytes("VmHWM") - before) * 1024 / held)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the memory of a process is read from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_the_memory_of_the_weights_once(tmp_path, dtype):
+    """In a process of its own: 200 MB of them or twice that, most of it experts, as they are in the file or cast."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 64, "num_hidden_layers": 3}
+    with torch.device("meta"):
+        empty = LLaDA2MoeModelLM(LLaDA2MoeConfig(**{**random_model().config.to_dict(), **sizes}))
+    model = empty.to(torch.bfloat16).to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.detach().zero_()
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", MEASURE, str(FOLDER / "model"), str(tmp_path), dtype]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert 0.9 < float(ran.stdout) < 1.3
+
+
+def test_the_expert_bias_is_not_rounded(tmp_path):
+    """A bfloat16 one would send tokens to other experts, here half of them."""
+    gate = random_model().float().model.layers[1].mlp.gate
+    gate.weight.zero_()
+    gate.expert_bias.copy_(1 + torch.arange(8) / 1000)
+    want = gate(torch.ones(1, 16))[0]
+    assert len(gate.expert_bias.bfloat16().unique()) < 4
+    narrow = gate.bfloat16()
+    assert (narrow.weight.dtype, narrow.expert_bias.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(narrow(torch.ones(1, 16, dtype=torch.bfloat16))[0], want)
+    assert narrow.double().expert_bias.dtype == torch.float64
+
+
+@pytest.mark.parametrize("saved", [None, torch.bfloat16])
+def test_the_expert_bias_is_saved_and_loaded_as_it_is(tmp_path, saved):
+    model, name = random_model().float(), "model.layers.1.mlp.gate.expert_bias"
+    model.save_pretrained(tmp_path, dtype=saved)
+    assert load_file(tmp_path / "model.safetensors")[name].dtype == torch.float32
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        again = LLaDA2MoeModelLM.from_pretrained(tmp_path, dtype=dtype)
+        assert again.dtype == dtype
+        assert torch.equal(again.state_dict()[name], model.state_dict()[name])
 
 
 @pytest.mark.parametrize(
@@ -234,9 +338,14 @@ def test_experts_are_not_cut_over_processes():
         load(LLaDA2MoeModelLM, FOLDER / "model", World(0, 2, 0, tensor=2))
 
 
-def test_special_ids_of_the_released_family():
+def test_special_ids_of_the_released_family(tmp_path):
     config = LLaDA2MoeConfig(num_hidden_layers=0, hidden_size=4, num_attention_heads=1, num_key_value_heads=1)
     with torch.device("meta"):
         model = LLaDA2MoeModelLM(config)
     assert model.special_ids() == (156895, (156892,))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [156892, 156895]}))
+    model.folder = tmp_path
+    assert model.special_ids() == (156895, (156892,)), "a checkpoint may list its mask token"
+    with pytest.raises(UserError, match="mask_id 156895 is also a stop id"):
+        model.special_ids(stop_ids=(156892, 156895))
     assert loaded().special_ids() == (255, (254,))

@@ -289,6 +289,18 @@ def test_stop_id_precedence(tmp_path):
     assert ids(tmp_path, stop_ids=())[1] == (), "none is a choice too"
 
 
+def test_the_mask_token_among_a_checkpoints_stop_ids(tmp_path):
+    """It ends no text; who lists nothing else has none, and the next one is asked."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
+    assert ids(tmp_path) == (9, (2,))
+    assert ids(tmp_path, mask_id=2) == (2, (9,))
+    assert ids(config_eos=9) == (9, (8,))
+    assert ids(config_eos=[9], tokenizer_eos=5) == (9, (5,))
+    assert ids(tokenizer_eos=9, family_stop=()) == (9, ())
+    with pytest.raises(UserError, match="mask_id 9 is also a stop id"):
+        ids(tmp_path, stop_ids=(2, 9))
+
+
 def test_generation_config_without_stop_ids(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     assert ids(tmp_path, config_eos=[4, 5])[1] == (4, 5)
