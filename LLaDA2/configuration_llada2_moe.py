@@ -52,7 +52,9 @@ class LLaDA2MoeConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        if head_dim is None and _is_count(hidden_size, 1) and _is_count(num_attention_heads, 1):
+            head_dim = hidden_size // num_attention_heads
+        self.head_dim = head_dim
         self.hidden_act = hidden_act
         self.use_qkv_bias = use_qkv_bias
         self.use_qk_norm = use_qk_norm
@@ -81,11 +83,67 @@ class LLaDA2MoeConfig(PretrainedConfig):
         for name, value in released.items():
             if getattr(self, name) != value:
                 return f"{name} {getattr(self, name)!r} is not supported; released LLaDA2 checkpoints have {value!r}"
+        if problem := self._too_small(_LEAST):
+            return problem
+        if self.first_k_dense_replace and (problem := self._too_small({"intermediate_size": 1})):
+            return problem
+        if self.num_shared_experts is not None and not _is_count(self.num_shared_experts, 0):
+            return f"num_shared_experts is {self.num_shared_experts!r}. Allowed: null, or a whole number, at least 0"
+        if self.num_attention_heads % self.num_key_value_heads:
+            return (
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self._rotary_problem() or (
+            self._routing_problem() if self.first_k_dense_replace < self.num_hidden_layers else None
+        )
+
+    def _too_small(self, least: dict[str, int]) -> str | None:
+        for name, low in least.items():
+            if not _is_count(getattr(self, name), low):
+                return f"{name} is {getattr(self, name)!r}. Allowed: a whole number, at least {low}"
+        return None
+
+    def _rotary_problem(self) -> str | None:
+        factor = self.partial_rotary_factor
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+            return f"partial_rotary_factor is {factor!r}. Allowed: above 0, at most 1"
+        width = int(self.head_dim * factor)
+        if width < 2 or width % 2:
+            return (
+                f"partial_rotary_factor {factor} of head_dim {self.head_dim} rotates {width} channels. "
+                "Allowed: an even number, at least 2"
+            )
+        return None
+
+    def _routing_problem(self) -> str | None:
+        """As `problem`, of the layers that have experts."""
+        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+        if problem := self._too_small(dict.fromkeys(names, 1)):
+            return problem
         if self.num_experts % self.n_group or self.num_experts // self.n_group < 2:
             return f"num_experts {self.num_experts} does not split into n_group {self.n_group} groups of at least two"
-        if not 1 <= self.topk_group <= self.n_group:
+        if self.topk_group > self.n_group:
             return f"topk_group is {self.topk_group}. Allowed: 1 to n_group {self.n_group}"
         reach = self.topk_group * self.num_experts // self.n_group
-        if not 1 <= self.num_experts_per_tok <= reach:
+        if self.num_experts_per_tok > reach:
             return f"num_experts_per_tok is {self.num_experts_per_tok}. Allowed: 1 to {reach}, the experts of topk_group groups"
         return None
+
+
+# The least that the sizes every network has may be.
+_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 1,
+    "block_size": 1,
+}
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

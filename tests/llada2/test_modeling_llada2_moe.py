@@ -150,7 +150,7 @@ def random_model(**changed) -> LLaDA2MoeModelLM:
         model = LLaDA2MoeModelLM(LLaDA2MoeConfig(**sizes | changed)).double()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
-        for layer in model.model.layers[1:]:
+        for layer in model.model.layers[model.config.first_k_dense_replace :]:
             layer.mlp.gate.expert_bias.normal_(std=0.1)
     return model.eval().requires_grad_(False)
 
@@ -324,13 +324,41 @@ def test_the_expert_bias_is_saved_and_loaded_as_it_is(tmp_path, saved):
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
         ({"n_group": 3}, "num_experts 8 does not split into n_group 3"),
+        ({"n_group": 0}, "n_group is 0. Allowed: a whole number, at least 1"),
+        ({"n_group": None}, "n_group is None. Allowed: a whole number"),
         ({"topk_group": 5}, "topk_group is 5"),
+        ({"topk_group": None}, "topk_group is None. Allowed: a whole number"),
+        ({"num_experts": 0}, "num_experts is 0. Allowed: a whole number, at least 1"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5. Allowed: 1 to 4"),
+        ({"num_shared_experts": -1}, "num_shared_experts is -1. Allowed: null, or"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 2 is not a multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0. Allowed"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5. Allowed: above 0, at most 1"),
+        ({"partial_rotary_factor": None}, "partial_rotary_factor is None"),
+        ({"partial_rotary_factor": 0.4}, "0.4 of head_dim 8 rotates 3 channels. Allowed: an even number"),
+        ({"block_size": 0}, "block_size is 0. Allowed: a whole number, at least 1"),
+        ({"first_k_dense_replace": None}, "first_k_dense_replace is None"),
     ],
+    ids=str,
 )
 def test_configs_that_cannot_be_built(changed, message):
     with pytest.raises(ValueError, match=message):
         random_model(**changed)
+
+
+def test_a_config_that_cannot_be_built_is_one_line(tmp_path):
+    random_model().float().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_group": None}))
+    with pytest.raises(UserError, match=r"^[^\n]*n_group is None\. Allowed: a whole number, at least 1$"):
+        LLaDA2MoeModelLM.from_pretrained(tmp_path)
+
+
+def test_a_network_without_experts_needs_no_numbers_of_them():
+    nothing = {"num_experts": 0, "num_experts_per_tok": 0, "n_group": 0, "topk_group": None}
+    model = random_model(first_k_dense_replace=3, **nothing)
+    assert model(torch.arange(4)[None], torch.arange(4)[None]).isfinite().all()
+    assert not any("experts" in name for name in model.state_dict())
 
 
 def test_experts_are_not_cut_over_processes():
