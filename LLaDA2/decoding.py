@@ -2,7 +2,7 @@
 
 Each step drafts the current block of every row, replaces known tokens of it where the model is confident of others, may verify the first masked span, fills
 what the step still owes by confidence, and commits blocks that are finished. ``cached`` is the same loop with a policy that never
-verifies, ``nocache`` that one with nothing ever committed.
+verifies, ``nocache`` that one with nothing ever committed: there the cache is scratch, in which each forward puts its own keys for its own attention.
 
 What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.run.verify_inputs` and `decided`. They read
 nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
@@ -120,18 +120,20 @@ def decode(
 def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
     """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
     blocks, editing, device = options.blocks, options.editing, model.device
-    length = blocks.block_length
+    length, sampled = blocks.block_length, options.sampling.temperature >= GREEDY_BELOW
     capacity = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length)
     kinds = None if isinstance(options, StandardOptions) else ()  # a graph is of no use to forwards that grow
     engine = Engine.of(model, rows, capacity + length, length, options.runtime, kinds)
     allocated, slots = len(engine.cache.lengths), engine.cache.slots
-    per_block = length * (length + editing.max_post_steps) if options.sampling.temperature >= GREEDY_BELOW else 0
+    per_block = length * (length + editing.max_post_steps) if sampled else 0
     per_block += length * (length + 3) // 2 if isinstance(options, Options) else 0
     source = source_of(engine, per_block, (length, blocks.max_new_tokens), uniforms, seed)
     batch = Rows(
         prompts,
         blocks,
         editing,
+        most_posts=0 if options.skips_post_steps else editing.max_post_steps,
+        passed_over=length if options.skips_post_steps and sampled else 0,
         requests=requests,
         rows=rows,
         device=device,

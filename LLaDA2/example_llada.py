@@ -7,7 +7,8 @@ python example_llada.py --generate_fn cached --model inclusionAI/LLaDA2.1-mini -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from llada2.generate_policy_utils import generate_ssd_policy
@@ -32,10 +33,10 @@ def one_token(options: NoCacheOptions) -> StandardOptions:
     return plain(options).replace(block_length=1, editing_threshold=1.0, max_post_steps=0)
 
 
-def plain_rivals(options: NoCacheOptions) -> dict:
-    """What the demo compares decoding with a threshold with."""
+def plain_rivals(generate: Callable, options: NoCacheOptions) -> dict:
+    """What the demo compares ``generate``, which decodes with a threshold, with: itself without edits, and one token at a time."""
     return {
-        "without editing": (generate_cached, plain(options).replace(editing_threshold=1.0)),
+        "without editing": (generate, options.replace(editing_threshold=1.0, max_post_steps=0)),
         "block size one (AR)": (generate_cached, one_token(options)),
     }
 
@@ -64,8 +65,12 @@ def _script(title: str, generate, options: type, presets: dict, compared) -> Scr
 
 
 SCRIPTS = {
-    "nocache": _script("no cache", generate_nocache, NoCacheOptions, NOCACHE_PRESETS, plain_rivals),
-    "cached": _script("threshold and editing", generate_cached, StandardOptions, PLAIN_PRESETS, plain_rivals),
+    "nocache": _script(
+        "no cache", generate_nocache, NoCacheOptions, NOCACHE_PRESETS, partial(plain_rivals, generate_nocache)
+    ),
+    "cached": _script(
+        "threshold and editing", generate_cached, StandardOptions, PLAIN_PRESETS, partial(plain_rivals, generate_cached)
+    ),
     "ssd_policy": _script("S2D2", generate_ssd_policy, Options, PRESETS, rivals),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from shared.errors import UserError
@@ -53,7 +53,9 @@ class Editing:
     editing_threshold: float = option(
         0.5, "another token above this confidence replaces a known one of the block; 1: never", low=0.0
     )
-    max_post_steps: int = option(0, "forwards that may still edit a block after its last mask is gone", low=0)
+    max_post_steps: int = option(
+        0, "forwards that may still edit a block after its last mask is gone", low=0, high=1024
+    )
 
     def __post_init__(self):
         check(self)
@@ -65,15 +67,27 @@ class Editing:
 
 
 _REUSE_DRAFT = "a draft that found a block finished and changed nothing is its commit"
+_SKIP_IDLE = "no post steps where editing is off: they could change nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class NoCacheSavings:
+    """Switches that change how many forwards a text costs, never the text."""
+
+    skip_idle_post_steps: bool = option(True, _SKIP_IDLE)
+
+    def __post_init__(self):
+        check(self)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainSavings:
-    """Switches that change how many forwards a text costs, never the text."""
+    """The same where finished blocks are kept in a cache."""
 
     skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
     fuse_commit: bool = option(True, "a finished block is committed in the forward of the next block's first draft")
     reuse_draft: bool = option(True, _REUSE_DRAFT)
+    skip_idle_post_steps: bool = option(True, _SKIP_IDLE)
 
     def __post_init__(self):
         check(self)
@@ -82,6 +96,7 @@ class PlainSavings:
 @dataclass(frozen=True, slots=True)
 class Savings(CommonSavings):
     reuse_draft: bool = option(True, _REUSE_DRAFT)
+    skip_idle_post_steps: bool = option(True, _SKIP_IDLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +110,19 @@ class NoCacheOptions(FlatOptions):
     unmask: Unmask = field(default_factory=Unmask)
     editing: Editing = field(default_factory=Editing)
     runtime: Runtime = field(default_factory=Runtime)
+    savings: NoCacheSavings = field(default_factory=NoCacheSavings)
+
+    @property
+    def skips_post_steps(self) -> bool:
+        """Does a block end with its last mask? Where post steps can change nothing; score_hysteresis switches off in one, edits or not."""
+        routing = getattr(self, "routing", None)
+        noticed = routing is not None and routing.do_verify_policy == "score_hysteresis"
+        return (
+            self.savings.skip_idle_post_steps
+            and self.editing.max_post_steps > 0
+            and not self.editing.on
+            and not noticed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +153,7 @@ class Options(StandardOptions):
 
 
 # Every switch that makes a decode repeat the published code, forwards included. It never commits the last block.
-NOCACHE_PUBLISHED = {"suppress_mask": False, "trim_stop_tokens": False, "as_bias": True}
+NOCACHE_PUBLISHED = {"suppress_mask": False, "trim_stop_tokens": False, "as_bias": True, "skip_idle_post_steps": False}
 PLAIN_PUBLISHED = {**NOCACHE_PUBLISHED, "fuse_commit": False, "reuse_draft": False}
 PUBLISHED = {**PLAIN_PUBLISHED, "reuse_verify": False, "short_verify": False}
 
@@ -170,6 +198,12 @@ DEFAULT_PROMPT = (
 
 def plain(options: NoCacheOptions) -> StandardOptions:
     """The same settings on a cache, without speculation."""
-    savings = getattr(options, "savings", PlainSavings())
-    kept = PlainSavings(savings.skip_last_commit, savings.fuse_commit, savings.reuse_draft)
-    return StandardOptions(options.sampling, options.blocks, options.unmask, options.editing, options.runtime, kept)
+    names = [f.name for f in fields(PlainSavings) if hasattr(options.savings, f.name)]
+    return StandardOptions(
+        sampling=options.sampling,
+        blocks=options.blocks,
+        unmask=options.unmask,
+        editing=options.editing,
+        runtime=options.runtime,
+        savings=PlainSavings(**{name: getattr(options.savings, name) for name in names}),
+    )

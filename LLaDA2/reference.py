@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llada2.decoding import resolve
 from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
-from llada2.options import NoCacheOptions, PlainSavings
+from llada2.options import NoCacheOptions
 from shared import reference
 from shared.draft import How
 from shared.errors import UserError
@@ -46,7 +46,7 @@ class Reference(reference.Reference):
         super().__init__(options, uniforms, options.blocks.block_length)
         self.model, self.editing = model, options.editing
         self.cached = options.decoder != "nocache"
-        self.savings = getattr(options, "savings", PlainSavings())
+        self.savings = options.savings
         self.out = ReferenceText()
 
     @torch.inference_mode()
@@ -89,6 +89,10 @@ class Reference(reference.Reference):
             masked = [i for i in range(length) if self.x[start + i] == self.blocks.mask_id]
             post += not masked
             if post > self.editing.max_post_steps:
+                return
+            if post and self.options.skips_post_steps:
+                for _ in range(length if self.sampled else 0):
+                    next(self.uniforms)  # those of the post step it is spared
                 return
             step = self.draft(start, masked, decoded)
             self.edit(step)

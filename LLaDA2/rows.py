@@ -15,8 +15,18 @@ from shared.draft import Choice, Draft
 class Rows(Batch):
     """``resting``: rows whose next step is a post step, with nothing masked. ``rested``: those whose last step was one."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], blocks: Blocks, editing: Editing, **common):
-        self.most_posts = editing.max_post_steps
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        blocks: Blocks,
+        editing: Editing,
+        *,
+        most_posts: int,
+        passed_over: int = 0,
+        **common,
+    ):
+        """``most_posts``: post steps a block may take. ``passed_over``: random numbers of a post step that a finished block is spared."""
+        self.most_posts, self.passed_over = most_posts, passed_over
         super().__init__(
             prompts,
             block_length=blocks.block_length,
@@ -59,6 +69,8 @@ class Rows(Batch):
     def _left(self, draft: Draft, block: Tensor, stops: Tensor) -> Tensor:
         """Masks left, or -1 where there are none and a post step is due: not after one that changed nothing."""
         masks = super()._left(draft, block, stops)
+        if self.passed_over:
+            self.uniforms.take(draft.rows, 0, (masks == 0) * self.passed_over)
         if not self.most_posts:
             return masks
         due = (masks == 0) & (self.posts[draft.rows] < self.most_posts) & ~self._settled(draft)

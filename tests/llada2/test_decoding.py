@@ -61,6 +61,7 @@ NOCACHE = {
     "default": {},
     "as-bias-posts": {"as_bias": True, "max_post_steps": 2},
     "sampled": {"temperature": 0.9, "top_k": 30},
+    "unedited-post": {**NO_EDITS, "max_post_steps": 2},
 }
 PLAIN = {
     "default": {},
@@ -68,6 +69,7 @@ PLAIN = {
     "transfer3": {"num_to_transfer": 3},
     "unedited-post": {**NO_EDITS, "max_post_steps": 2},
     "posts": {"editing_threshold": 0.3, "max_post_steps": 3},
+    "sampled-unedited-posts": {**NO_EDITS, "temperature": 0.9, "top_k": 30, "max_post_steps": 2},
     "sampled-posts": {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "max_post_steps": 2},
     "as-bias": {"as_bias": True},
     "block1": {"block_length": 1, "max_post_steps": 1},
@@ -104,16 +106,21 @@ SPECULATIVE = {
         "hysteresis_threshold_on": 0.9, "hysteresis_threshold_off": 0.4, "token_acceptance_estimator": "soft_entropy_negexp",
         "max_post_steps": 2,
     },
+    "hysteresis-unedited-posts": {
+        **NO_EDITS, "do_verify_policy": "score_hysteresis", "do_verify_score_type": "difference_static", "score_penalty_coef": 0.0,
+        "hysteresis_threshold_on": 0.9, "hysteresis_threshold_off": 0.4, "token_acceptance_estimator": "soft_entropy_negexp",
+        "max_post_steps": 2,
+    },
     "bandit-posts": {"do_verify_policy": "contextual_bandit_ucb", "ucb_beta": 0.4, "ucb_entropy_bins": 3, "max_post_steps": 2},
     "bandit-masked": {"do_verify_policy": "contextual_bandit_ucb", "ucb_entropy_source": "masked", "cache_ver": True},
 }  # fmt: skip
 DECODERS = ("nocache", "plain", "speculative")
+_UNSAVED_PLAIN = {"skip_last_commit": False, "fuse_commit": False, "reuse_draft": False, "skip_idle_post_steps": False}
 UNSAVED = {
-    "plain": {"skip_last_commit": False, "fuse_commit": False, "reuse_draft": False},
-    "speculative": {
-        "skip_last_commit": False, "fuse_commit": False, "reuse_draft": False, "reuse_verify": False, "short_verify": False,
-    },
-}  # fmt: skip
+    "nocache": {"skip_idle_post_steps": False},
+    "plain": _UNSAVED_PLAIN,
+    "speculative": {**_UNSAVED_PLAIN, "reuse_verify": False, "short_verify": False},
+}
 EVERY = [
     (d, n, f)
     for d, table in zip(DECODERS, (NOCACHE, PLAIN, SPECULATIVE), strict=True)
@@ -128,7 +135,8 @@ each_distinct_setting = pytest.mark.parametrize(
     ("decoder", "flat"), [pytest.param(d, {**BASE, **f}, id=f"{d}-{n}") for d, n, f in EVERY if n not in ALIKE]
 )
 SAVED = [
-    ("plain", "default"), ("plain", "posts"), ("plain", "unedited-post"), ("plain", "block1"),
+    ("nocache", "unedited-post"), ("plain", "default"), ("plain", "posts"), ("plain", "unedited-post"),
+    ("plain", "sampled-unedited-posts"), ("plain", "block1"),
     *(("speculative", n) for n in SPECULATIVE if "exact" in n or "posts" in n or n in ("span1", "confident", "ratio-all-spans")),
 ]  # fmt: skip
 each_saved_setting = pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def run_alone(decoder: str, flat: tuple):
 @pytest.mark.parametrize("saving", UNSAVED["speculative"])
 @each_saved_setting
 def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
-    """Each saving alone, against none: same ids, steps and edits; never more forwards, and fewer where it applies."""
+    """Each saving alone, against none: same ids, steps that do something, and edits; never more forwards, and fewer where it applies."""
     if saving not in UNSAVED[decoder]:
         with pytest.raises(UserError, match=f"unknown option '{saving}'"):
             family().run(decoder, [[1, 2]], {**flat, saving: True})
@@ -191,19 +199,44 @@ def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
     full = run_alone(decoder, tuple({**flat, **UNSAVED[decoder]}.items()))
     saved = run_alone(decoder, tuple({**flat, **UNSAVED[decoder], saving: True}.items()))
     assert saved.tokens == full.tokens
-    assert [c.trace.order() for c in saved.completions] == [c.trace.order() for c in full.completions]
+    spared = options_of(decoder, flat).skips_post_steps and saving == "skip_idle_post_steps"
+    orders = [
+        [[step for step in c.trace.order() if step or not spared] for c in out.completions] for out in (saved, full)
+    ]
+    assert orders[0] == orders[1]
     assert [c.trace.edits for c in saved.completions] == [c.trace.edits for c in full.completions]
+    assert [c.uniforms_used for c in saved.completions] == [c.uniforms_used for c in full.completions]
     before, after = full.forwards, saved.forwards
-    assert all(after[k] == before[k] for k in ("prefill", "draft", "verify"))
+    length = flat["block_length"]
+    blocks = sum(len(c.trace.token_ids) // length - c.trace.prompt_length // length for c in full.completions)
+    assert after["draft"] == before["draft"] - blocks * spared
+    assert all(after[k] == before[k] for k in ("prefill", "verify"))
     fewer = saving in ("skip_last_commit", "fuse_commit")
     fewer |= saving == "reuse_verify" and flat.get("acceptance") == "exact" and not flat.get("max_post_steps")
     traces = [c.trace for c in full.completions]
     idle = any(not decided and k not in {s for s, *_ in t.edits} for t in traces for k, decided in enumerate(t.order()))
     fewer |= saving == "reuse_draft" and idle and flat.get("draft_ver", False) == flat.get("cache_ver", False)
-    assert after["commit"] < before["commit"] if fewer else after["commit"] <= before["commit"]
+    assert after["commit"] < before["commit"] if fewer and before["commit"] else after["commit"] <= before["commit"]
     if saving == "short_verify" and not flat.get("ssd_threshold_all_spans"):
         spared = any(0 < span < flat["block_length"] for t in traces for span in t.verified_span)
         assert (saved.batch_tokens["verify"] < full.batch_tokens["verify"]) == spared
+
+
+def options_of(decoder: str, flat: dict) -> NoCacheOptions:
+    return family().decoders[decoder][1].from_flat(flat)
+
+
+@each_decoder
+def test_post_steps_without_editing_are_free(decoder):
+    """They are not taken; kept only where the policy's switch takes notice of them."""
+    prompts, posts = checks.draw_prompts(4, seed=16), {"max_post_steps": 3}
+    without, with_posts = (family().run(decoder, prompts, {**BASE, **NO_EDITS, **more}) for more in ({}, posts))
+    assert with_posts.tokens == without.tokens
+    assert with_posts.forwards == without.forwards
+    assert [c.trace for c in with_posts.completions] == [c.trace for c in without.completions]
+    assert options_of(decoder, {**NO_EDITS, **posts}).skips_post_steps
+    assert not options_of(decoder, posts).skips_post_steps
+    assert not options_of("speculative", SPECULATIVE["hysteresis-unedited-posts"]).skips_post_steps
 
 
 def test_a_short_verify_touches_fewer_experts(monkeypatch):
@@ -384,6 +417,7 @@ def test_max_new_tokens_is_kept():
         ("plain", {"editing_treshold": 0.5}, "did you mean editing_threshold"),
         ("plain", {"num_to_transfer": 0}, "num_to_transfer is 0. Allowed: at least 1"),
         ("plain", {"max_post_steps": -1}, "max_post_steps is -1. Allowed: at least 0"),
+        ("plain", {"max_post_steps": 20000}, "max_post_steps is 20000. Allowed: at least 0 and at most 1024"),
         ("speculative", {"as_bias": True, "cache_ver": True}, "cache_ver is True. Allowed with as_bias: false"),
         ("speculative", {"do_verify_policy": "score_treshold"}, "did you mean score_threshold"),
     ],
@@ -437,9 +471,10 @@ def test_presets_are_options():
     for kind, presets in ((NoCacheOptions, NOCACHE_PRESETS), (StandardOptions, PLAIN_PRESETS), (Options, PRESETS)):
         for name, flat in presets.items():
             assert json.dumps(kind.from_flat(flat).to_flat()), name
-    assert plain(Options.from_flat({**BASE, "fuse_commit": False})) == StandardOptions.from_flat(
-        {**BASE, "fuse_commit": False}
-    )
+    for name in UNSAVED["plain"]:
+        flat = {**BASE, name: False}
+        assert plain(Options.from_flat(flat)) == StandardOptions.from_flat(flat)
+    assert plain(NoCacheOptions.from_flat(BASE)) == StandardOptions.from_flat(BASE)
 
 
 def test_published_spellings():

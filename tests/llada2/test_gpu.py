@@ -31,14 +31,14 @@ EVERY = {
     "score": (generate_ssd_policy, {**SCORED, "token_acceptance_estimator": "soft_entropy_negexp"}),
     "bandit": (generate_ssd_policy, {"do_verify_policy": "contextual_bandit_ucb", "max_post_steps": 1}),
     "sampled": (generate_ssd_policy, {"temperature": 0.8, "top_p": 0.9}),
+    "unedited": (generate_cached, {"temperature": 0.8, "editing_threshold": 1.0, "max_post_steps": 1}),
 }
+_UNSAVED_PLAIN = {"skip_last_commit": False, "fuse_commit": False, "reuse_draft": False, "skip_idle_post_steps": False}
 UNSAVED = {
-    "nocache": {},
-    "cached": {"skip_last_commit": False, "fuse_commit": False, "reuse_draft": False},
-    "ssd_policy": {
-        "skip_last_commit": False, "fuse_commit": False, "reuse_draft": False, "reuse_verify": False, "short_verify": False,
-    },
-}  # fmt: skip
+    "nocache": {"skip_idle_post_steps": False},
+    "cached": _UNSAVED_PLAIN,
+    "ssd_policy": {**_UNSAVED_PLAIN, "reuse_verify": False, "short_verify": False},
+}
 
 
 @lru_cache(maxsize=1)

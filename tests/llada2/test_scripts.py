@@ -11,7 +11,7 @@ import torch
 
 import sdar
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM, example_llada
-from llada2.generate_utils import generate_cached
+from llada2.generate_utils import generate_cached, generate_nocache
 from shared.loading import load_tokenizer
 
 SHORT = ["--max_new_tokens", "12", "--block_size", "8", "--device", "cpu"]
@@ -60,8 +60,19 @@ def test_without_a_prompt_decoders_are_compared(checkpoint, capsys):
     out = capsys.readouterr().out
     for name in ("this run", "plain diffusion", "block size one (AR)"):
         assert name in out
-    run(checkpoint, "--generate_fn", "cached")
-    assert "without editing" in capsys.readouterr().out
+    for name in ("cached", "nocache"):
+        run(checkpoint, "--generate_fn", name)
+        assert "without editing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "decode"), [("cached", generate_cached), ("nocache", generate_nocache)])
+def test_the_rival_without_editing_differs_in_nothing_else(name, decode):
+    """The same decoder, and no forwards that only editing would need."""
+    script = example_llada.SCRIPTS[name]
+    options = script.options.from_flat({"editing_threshold": 0.3, "max_post_steps": 4, "block_length": 8})
+    rival, settings = script.rivals(options)["without editing"]
+    assert rival is decode
+    assert settings == options.replace(editing_threshold=1.0, max_post_steps=0)
 
 
 def test_flags_of_the_published_script(checkpoint, capsys):
@@ -97,6 +108,19 @@ def test_stop_strings_end_a_text(checkpoint):
     assert word
     assert cut.text == whole.text[: whole.text.index(word)]
     assert cut.trace.total_forwards < whole.trace.total_forwards
+
+
+def test_forward_stats_print_every_edit(checkpoint, capsys, tmp_path):
+    """Under its step, with the pieces of text that were replaced and put there."""
+    path, tokenizer = tmp_path / "trace.json", load_tokenizer(checkpoint)
+    edited = ["--editing_threshold", "0", "--max_post_steps", "1", "--trace", str(path)]
+    run(checkpoint, "-p", "What is 2 + 2?", *edited, "--forward_stats")
+    printed, (trace,) = capsys.readouterr().out, json.loads(path.read_text())
+    steps = printed.split("\nstep ")[1:]
+    assert len(steps) == len(trace["verified_span"])
+    for step, position, old, new in trace["edits"]:
+        piece = f"{position}: {tokenizer.decode([old])!r} -> {tokenizer.decode([new])!r}"
+        assert piece in steps[step].split("edits ")[1]
 
 
 def test_trace_file_has_the_edits(checkpoint, capsys, tmp_path):
