@@ -91,8 +91,8 @@ class Rows(Batch):
         """Write ``tokens [b]``, each at the start of its row's current small block, as an iteration of its own. No host read."""
         at = (index, self.start[index])
         self.tokens[at] = tokens
-        self.history[index, 0, at[1]], self.history[index, 1, at[1]] = self.iteration[index], int(How.NEXT)
-        self.history[index, 2, at[1]] = 0
+        how = torch.full_like(index, int(How.NEXT))
+        self.history[index, :, at[1]] = torch.stack([self.iteration[index], how, torch.zeros_like(index)], 1)
         self.iteration.index_add_(0, index, torch.ones_like(index))
 
     def settle_next(self, rows: list[int], read: list[int]) -> list[Finished]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,13 +64,19 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Torch keeps one stream for all captures, which lies on the GPU of the first."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iterator[None]:
     """A capture into ``graph`` that no garbage collection falls into: freeing an older graph in the middle of it would end it."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(torch.cuda.current_device())):
             yield
     finally:
         if collects:

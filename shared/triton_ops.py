@@ -14,7 +14,6 @@ The module imports without triton; `available` says whether the kernels can run.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +31,6 @@ except ImportError:
 _LOG2_E = 1.4426950408889634
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 NARROW_TOKENS = 32
-MULTIPROCESSORS = 132  # of an H100 and an H200
 SPLIT_TOKENS = 64
 jit = triton.jit if triton is not None else (lambda function: function)
 
@@ -296,24 +294,19 @@ def narrow_matmul(
 
 
 def narrow_plan(tokens: int, weight: Tensor, gated: bool = False) -> Plan:
-    """Tiles for ``weight [N, K]``, as measured on an H200. Each multiprocessor must get the same share of the weights:
-    an uneven last wave costs more than any tile size gains, so most products are split to fill one wave.
+    """Tiles for ``weight [N, K]``, as measured on an H200 (132 multiprocessors). Each of those must get the same share
+    of the weights: an uneven last wave costs more than any tile size gains.
     """
     n_out, depth = weight.shape
     if weight.dtype != torch.bfloat16:
         return Plan(32, 32, stages=2)
     if gated:
-        waves = n_out / 64 / MULTIPROCESSORS
-        uneven = waves > 4 and waves / math.ceil(waves) < 0.95
-        return (
-            Plan(16, 256, stages=3, prefetch=128) if uneven and tokens > 16 else Plan(32, 128, stages=4, prefetch=128)
-        )
+        return Plan(32, 128, stages=4, prefetch=128)
     if n_out > 1 << 16:
         return Plan(128, 128, stages=3 if tokens <= 16 else 4, warps=8, prefetch=128)
-    tiles, wider = -(-n_out // 64), -(-n_out // 128)
-    split, wider_split = (max(1, min(MULTIPROCESSORS // count, depth // 512)) for count in (tiles, wider))
-    if tiles * split < 0.6 * MULTIPROCESSORS and wider * wider_split > tiles * split:
-        return Plan(128, 64, wider_split, stages=6, warps=8, prefetch=128)
+    tiles, split = -(-n_out // 64), 1
+    while tiles * split < 96 and depth // split >= 1024:
+        split *= 2
     if split == 1 and tokens <= 16 and depth >= 4096:
         return Plan(64, 128, split=4, stages=3, prefetch=128)
     return Plan(64, 128, split, stages=6, prefetch=128)
