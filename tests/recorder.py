@@ -4,9 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.phases import _leaves
+
+
+ATEN = torch.ops.aten
+# On a GPU each of these waits for the device or copies from the host, which no capture allows: a value read back, positions of a mask, a tensor
+# made of a list, a number assigned through index tensors.
+UNCAPTURABLE = {ATEN._local_scalar_dense, ATEN.nonzero}
+
+
+class Capturing(TorchDispatchMode):
+    """Raises where a capture on a GPU would."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers: list[Tensor] = []  # that stand for Python numbers: on a GPU they lie on the host
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind = function.overloadpacket
+        refused = kind in UNCAPTURABLE
+        if kind in (ATEN.index, ATEN.index_put, ATEN.index_put_):
+            refused |= any(i is not None and i.dtype == torch.bool for i in args[1])
+            refused |= len(args) > 2 and any(args[2] is number for number in self.numbers)
+        refused |= kind == ATEN.lift_fresh and args[0].dim() > 0
+        if refused:
+            raise RuntimeError(f"{function} cannot be captured")
+        result = function(*args, **(kwargs or {}))
+        if kind in (ATEN.scalar_tensor, ATEN.lift_fresh):
+            self.numbers.append(result)
+        return result
 
 
 def recorder(owners: list) -> Callable:
@@ -17,7 +47,8 @@ def recorder(owners: list) -> Callable:
 
     def capture(function: Callable, pool):
         before = [t.clone() for t in tensors()]
-        result = function()
+        with Capturing():
+            result = function()
         for tensor, value in zip(tensors(), before, strict=True):
             tensor.copy_(value)
         memory = [t for t in _leaves(result) if isinstance(t, Tensor)]

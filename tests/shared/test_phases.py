@@ -92,3 +92,19 @@ def test_cuda_graphs_are_calls():
         assert torch.equal(got, want)
         assert torch.equal(owner.sum, plain.sum)
     assert len(phases._captured) == 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.__setitem__((torch.zeros_like(x, dtype=torch.long),), 3.0),
+        lambda x: x + torch.tensor([1.0, 2.0]),
+    ],
+    ids=["reads", "selects by a mask", "assigns a number through indices", "makes a tensor of numbers"],
+)
+def test_the_stand_in_refuses_what_a_capture_refuses(function):
+    x = torch.ones(2)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        recorder([])(lambda: function(x), None)
