@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.phases import _leaves
 
-
 ATEN = torch.ops.aten
 # On a GPU each of these waits for the device or copies from the host, which no capture allows: a value read back, positions of a mask, a tensor
 # made of a list, a number assigned through index tensors.
