@@ -278,6 +278,10 @@ def measure_forwards(model, subject: Subject, machine: Machine, args) -> tuple[E
     length = args.block_length
     blocks = -(-(args.context + args.new_tokens) // length) * length
     slots, runtime = max(blocks + 2 * length, args.prefill), Runtime(fast=args.fast, graphs=args.graphs)
+    if model.device.type == "cuda" and args.graphs is not False:
+        print(
+            "capturing CUDA graphs; the first time on a machine their kernels are compiled, a minute or two", flush=True
+        )
     engine = Engine.of(model, max(args.batch), slots, length, runtime, subject.graphs(length))
     times, table = {}, Forwards(model, machine, engine, length, args.context)
     for rows in args.batch:

@@ -47,7 +47,8 @@ class Phases:
     """Runs the phases of one kind of decode: ``phases(function, first, *arguments)`` is ``function(first, *arguments)``.
 
     Arguments and results are tensors, dataclasses and tuples of them, and hashable constants; ``first`` is whatever holds the state. What a captured
-    phase returns is valid until the same function runs again. State that phases read or write outside their arguments must stay where it is: it
+    phase returns is valid until the same function runs again. Inside, no value is read, no mask selects, and no number is assigned through index
+    tensors: torch would copy it from the host. State that phases read or write outside their arguments must stay where it is: it
     is the tensors found on the owners given to `adopt`.
     """
 
