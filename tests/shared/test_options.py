@@ -221,7 +221,7 @@ def test_coercion(name, given, value):
         ("top_k", True, "int"),
         ("top_k", float("inf"), "int"),
         ("top_k", float("nan"), "int"),
-        ("top_k", None, "int"),
+        ("min_ssd_span_length", None, "int"),
         ("temperature", "hot", "float"),
         ("temperature", False, "float"),
         ("stopping_criteria_idx", "a,b", "a list of token ids"),
@@ -389,3 +389,10 @@ def test_replace():
     assert type(changed) is Every
     with pytest.raises(UserError, match="block_lengthh"):
         base.replace(block_lengthh=8)
+
+
+@pytest.mark.parametrize("nothing", [None, "None", "none"])
+def test_no_filter_may_be_said_by_none(nothing):
+    """As the published decoders do; it overrides a preset's."""
+    sampling = Every.from_flat({"top_k": 3, "top_p": 0.5}, top_k=nothing, top_p=nothing).sampling
+    assert (sampling.top_k, sampling.top_p) == (0, 1.0)
