@@ -65,8 +65,8 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 @cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """Torch keeps one stream for all captures, which lies on the GPU of the first."""
+def _stream(device: int, purpose: str) -> torch.cuda.Stream:
+    """One for each GPU and purpose: torch's own stream for captures lies on the GPU of the first, and cuBLAS keeps 32 MB for every stream it has worked on."""
     return torch.cuda.Stream(device)
 
 
@@ -76,7 +76,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> Iter
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(torch.cuda.current_device())):
+        with torch.cuda.graph(graph, pool=pool, stream=_stream(torch.cuda.current_device(), "capture")):
             yield
     finally:
         if collects:
@@ -120,7 +120,7 @@ class GraphRunner:
         inputs, fixed = self._buffers(shape), {"leading": shape.leading}
         if shape.width:
             fixed["width"] = shape.width
-        stream = torch.cuda.Stream(self.device)
+        stream = _stream(torch.cuda.current_device(), "warm up")
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             # Compiles kernels; its rows are all -1, so it writes nothing.
