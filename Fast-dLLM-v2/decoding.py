@@ -107,7 +107,7 @@ def decode(
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
-    check_call(len(prompts), requests, uniforms, batch_size)
+    check_call(len(prompts), requests, uniforms, batch_size, seed)
     run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
@@ -429,7 +429,10 @@ def _lossless(options: StandardOptions) -> Lossless:
     if options.blocks.block_length == 1:
         return Lossless(False, reason) if bent else Lossless(True, "block size one is the law itself")
     if isinstance(options, Options):
-        return losslessness(options, {reason: bent})
+        return losslessness(
+            options,
+            {reason: bent, "round_to_blocks returns tokens past max_new_tokens": options.blocks.round_to_blocks},
+        )
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 

@@ -95,7 +95,7 @@ def decode(
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
-    check_call(len(prompts), requests, uniforms, batch_size)
+    check_call(len(prompts), requests, uniforms, batch_size, seed)
     run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)

@@ -86,7 +86,7 @@ def decode(
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
-    check_call(len(prompts), requests, uniforms, batch_size)
+    check_call(len(prompts), requests, uniforms, batch_size, seed)
     run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
@@ -245,9 +245,16 @@ def commit_mask(run: Run, index: Tensor) -> Tensor | None:
 
 
 def _lossless(options: StandardOptions) -> Lossless:
+    blocks = options.blocks
     if isinstance(options, Options):
-        return losslessness(options)
-    if options.blocks.block_length == 1:
+        own = {
+            "round_to_blocks returns tokens past max_new_tokens": blocks.round_to_blocks and blocks.block_length > 1,
+            "trim_stop_tokens is off, so the tokens of a block after its stop are returned": (
+                not blocks.trim_stop_tokens and blocks.block_length > 1
+            ),
+        }
+        return losslessness(options, own)
+    if blocks.block_length == 1:
         return Lossless(True, "block size one is the law itself")
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 

@@ -60,7 +60,7 @@ def check_prompts(prompts: list[list[int]], blocks, config) -> None:
             raise UserError(f"prompt {k} contains the mask token (id {blocks.mask_id}), which means 'to be decoded'")
 
 
-def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_size: int | None) -> None:
+def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_size: int | None, seed: int) -> None:
     """Raise `UserError` for call keywords that do not fit ``prompts`` prompts."""
     if requests is not None and (len(requests) != prompts or len(set(requests)) != prompts):
         raise UserError(
@@ -68,5 +68,7 @@ def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_siz
         )
     if uniforms is not None and len(uniforms) != prompts:
         raise UserError(f"uniforms hold {len(uniforms)} lists. Allowed: one for each of the {prompts} prompts")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}. Allowed: at least 1")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise UserError(f"batch_size is {batch_size!r}. Allowed: an int of at least 1")
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise UserError(f"seed is {seed!r}. Allowed: an int from 0 to {(1 << 63) - 1}")

@@ -54,6 +54,8 @@ class ScriptArguments:
         check(self)
         if self.prompt is not None and self.prompt_file is not None:
             raise UserError("prompt and prompt_file are both given. Allowed: one of them")
+        if self.trace is not None and not Path(self.trace).parent.is_dir():
+            raise UserError(f"trace {self.trace!r}: no such folder. Allowed: a file in a folder that is there")
         if self.compare and self.tensor_parallel > 1:
             raise UserError("compare and tensor_parallel above 1 are both given. Allowed: one of them")
 
@@ -211,6 +213,9 @@ class Results:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"output_dir {folder!r} is a file. Allowed: a folder")
         self._check_settings()
+        there = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+        if not os.access(there, os.W_OK):
+            raise UserError(f"output_dir {folder!r} cannot be written ({there}). Allowed: a folder of yours")
         self.path = self.root / (f"outputs.rank{rank}.jsonl" if rank else "outputs.jsonl")
         for path in self.root.glob("outputs*.jsonl"):
             self.done |= self._indices(path)
@@ -307,7 +312,7 @@ def is_solved(record: dict, text: str) -> bool | None:
     if "answer" in record:
         said, wanted = (str(words).split("####")[-1].strip() for words in (text, record["answer"]))
         return said == wanted
-    return text.strip() == record["expected"].strip() if "expected" in record else None
+    return text.strip() == str(record["expected"]).strip() if "expected" in record else None
 
 
 def print_texts(script: ScriptArguments, output: Output, tokenizer) -> None:
@@ -330,9 +335,10 @@ def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | Non
     for name, out in rows.items():
         kinds = "  ".join(f"{out.forwards[k] / max(1, out.token_count):.3f}" for k in out.forwards)
         accepted = f"{out.mean_accepted_length:.2f}" if out.forwards["verify"] else "-"
+        cost = f"{out.forwards_per_token:6.3f}" if out.token_count else f"{'-':>6s}"
         right = "-" if solved.get(name) is None else f"{solved[name]}/{len(out.completions)}"
         lines.append(
-            f"{name:{width}s}  {out.token_count:6d}  {out.forwards_per_token:6.3f}         ({kinds})  {accepted:>15s}  "
+            f"{name:{width}s}  {out.token_count:6d}  {cost}         ({kinds})  {accepted:>15s}  "
             f"{out.tokens_per_second:8.1f}  {right:>6s}"
         )
     return "\n".join(lines)
@@ -424,11 +430,16 @@ class Script:
             "model": source,
             "decoder": self.title,
             "seed": script.seed,
+            "dtype": str(model.dtype)[6:],
             "options": options.to_flat(),
             "prompts": prompts,
         }
         results = Results(script.output_dir, run, world.rank)
         todo = [k for k in world.share(range(len(prompts))) if k not in results.done]
+        if results.done and script.trace is not None:
+            raise UserError(
+                f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
+            )
         if results.done and world.rank == 0:
             print(f"{len(results.done)} of {len(prompts)} texts are in {script.output_dir} already")
         if not todo:

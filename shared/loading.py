@@ -237,6 +237,8 @@ def resolve_device(device: torch.device | str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device {device!r} is not one torch knows. Allowed: auto, cpu, cuda, cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not served. Allowed: auto, cpu, cuda, cuda:N")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: this torch sees no GPU. Allowed here: auto, cpu")
     return resolved

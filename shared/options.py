@@ -91,8 +91,15 @@ def _check_range(f: dataclasses.Field, value: float) -> None:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     temperature: float = option(0.0, "softmax temperature of drafts; 0 is greedy", low=0.0)
-    top_k: int = option(0, "keep the k most likely tokens (ties kept); 0 keeps all", low=0)
-    top_p: float = option(1.0, "keep the most likely tokens up to this mass", above=0.0, high=1.0)
+    top_k: int = option(
+        0, "keep the k most likely tokens (ties kept); 0 keeps all. Without a temperature nothing is filtered", low=0
+    )
+    top_p: float = option(
+        1.0,
+        "keep the most likely tokens up to this mass. Without a temperature nothing is filtered",
+        above=0.0,
+        high=1.0,
+    )
     verify_temperature: float | None = option(
         None, "temperature of verifier and estimators under greedy drafts; default: the drafts' own", low=0.0
     )
@@ -115,7 +122,9 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Blocks:
     block_length: int | None = option(None, "tokens decoded together; default: the checkpoint's block_size", low=1)
-    denoising_steps: int | None = option(None, "steps that share out a block's tokens; default: block_length", low=1)
+    denoising_steps: int | None = option(
+        None, "steps that share out a block's tokens; default: block_length", low=1, high=65536
+    )
     max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
     mask_id: int | None = option(None, "mask token id; default: config, then tokenizer", low=0)
     stopping_criteria_idx: tuple[int, ...] | None = option(

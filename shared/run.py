@@ -30,7 +30,7 @@ from shared.sampling import GREEDY_BELOW, sample
 from shared.spans import Picked, span_inputs
 from shared.stop_strings import StopStrings
 from shared.uniforms import Uniforms
-from shared.verify import Verdict, take_confident, verified_choice
+from shared.verify import Verdict, judge, take_confident, verified_choice
 
 # What a decoder without these groups has. Made once: an options object checks itself whenever it is made.
 _NO_CACHE, _NO_ACCEPTANCE = Cache(), Acceptance()
@@ -272,6 +272,8 @@ def hand_over(
 
 def output_of(run: Run, done: dict[int, Completion], began: float, lossless: Lossless) -> Output:
     """What a decode that began at ``began`` returns."""
+    if run.judge is not judge:
+        lossless = Lossless(False, "acceptance is by a script")
     return Output(
         [done[k] for k in sorted(done)],
         time.perf_counter() - began,

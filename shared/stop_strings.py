@@ -22,8 +22,9 @@ class StopStrings:
         self.text_of, self.batch = text_of, batch
 
     def first(self, text: str) -> int | None:
-        """Where the earliest of the strings begins in ``text``."""
-        return min((at for s in self.strings if (at := text.find(s)) >= 0), default=None)
+        """Where the string begins that ``text`` completes first, as a reader of one token after the other would see it."""
+        found = [(at + len(s), at) for s in self.strings if (at := text.find(s)) >= 0]
+        return min(found)[1] if found else None
 
     def end(self, finished: list[Finished]) -> list[Finished]:
         """``finished`` blocks, those in whose text a string has appeared being their text's last. One device read for each block."""
@@ -40,7 +41,7 @@ class StopStrings:
         return self.first(self.text_of(self.batch.tokens[i, len(row.prompt) : end].tolist()))
 
     def cut(self, completion: Completion) -> Completion:
-        """The completion before the earliest string: its text exactly, its tokens up to the one in which the string begins."""
+        """The completion before the string that ends it: its text exactly, its tokens up to the one in which the string begins."""
         at = self.first(completion.text) if self.strings else None
         if at is None:
             return completion

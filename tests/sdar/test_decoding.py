@@ -11,6 +11,7 @@ import torch
 from sdar import SDARForCausalLM, generate, generate_ssd_policy, reference
 from sdar.options import PRESETS, Options, StandardOptions
 from shared.errors import UserError
+from shared.verify import judge
 from tests import family_checks as checks
 
 FOLDER = checks.golden_folder("SDAR")
@@ -296,6 +297,11 @@ def test_lossless_says_why():
         out = run(**broken)
         assert not out.lossless, broken
         assert reason in out.lossless_reason
+    for flag in ({"round_to_blocks": True}, {"trim_stop_tokens": False}):
+        assert next(iter(flag)) in run(**exact, **flag).lossless_reason
+        assert run(**exact, **flag, block_length=1).lossless
+    scripted = family().run("speculative", [[1, 2]], {**BASE, **exact}, judge=lambda *call: judge(*call))
+    assert scripted.lossless_reason == "acceptance is by a script"
     assert family().run("plain", [[1, 2]], {**BASE, "block_length": 1}).lossless
     assert not family().run("plain", [[1, 2]], BASE).lossless
 

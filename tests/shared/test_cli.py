@@ -581,3 +581,30 @@ def test_an_error_about_what_the_preset_sets_says_so():
 def test_a_script_that_is_not_there(argv):
     with pytest.raises(UserError, match=r"fn .*plain, fast"):
         choose_script({n: _script(n) for n in ("plain", "fast")}, argv, "fn", "plain")
+
+
+def test_traces_are_of_whole_runs(checkpoint, capsys, tmp_path):
+    """Asked for where they can be written, and not where texts of an earlier run have none."""
+    assert "no such folder" in _refused(checkpoint, capsys, "--trace", str(tmp_path / "none" / "x.json"))
+    script = dataclasses.replace(generate_ssd_policy.SCRIPT, folder=checkpoint.parent)
+    folder = str(tmp_path / "out")
+    script.main(["--model", str(checkpoint), "--max_new_tokens", "6", "--device", "cpu", "--output_dir", folder])
+    assert "without their traces" in _refused(
+        checkpoint, capsys, "--output_dir", folder, "--trace", str(tmp_path / "x.json")
+    )
+
+
+def test_results_of_another_dtype_are_refused(checkpoint, capsys, tmp_path):
+    folder = str(tmp_path / "out")
+    script = dataclasses.replace(generate_ssd_policy.SCRIPT, folder=checkpoint.parent)
+    script.main(["--model", str(checkpoint), "--max_new_tokens", "6", "--device", "cpu", "--output_dir", folder])
+    assert "other settings" in _refused(checkpoint, capsys, "--output_dir", folder, "--dtype", "float64")
+
+
+def _refused(checkpoint: Path, capsys, *argv: str) -> str:
+    """What the script says on standard error, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint, *argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
