@@ -31,6 +31,8 @@ def prepared(args):
     args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
     if args.model == "dllm":
         args.device = args.device or "auto"  # lm-eval's own default is cuda:0
+        if getattr(args, "seed", None):  # of random, numpy, torch and few-shot examples
+            model_args.setdefault("seed", args.seed[2])
         if getattr(args, "gen_kwargs", None):
             model_args["gen_kwargs"] = dict(args.gen_kwargs)
         if args.output_path:

@@ -85,6 +85,7 @@ class Forwards:
             tokens=tokens,
             logits=rows * kind.logits,
             context=self.context,
+            rows=rows,
             touched=touched,
         )
         self.add(f"{kind.name}, {rows} x {tokens} tokens" + (" twice" if kind.riders else ""), seconds, work, touched)
@@ -235,6 +236,26 @@ def profile(decode: Callable[..., Output], model, args, path: str, **flat) -> No
     Path(path).write_text("\n".join(lines) + "\n")
 
 
+def true_or_false(text: str) -> bool:
+    """Either word; argparse complains of anything else."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}. Allowed: true, false")
+    return text == "true"
+
+
+def check(args) -> None:
+    """Raise `UserError` for what cannot be measured; make the folders of the files to write."""
+    for name in ("context", "new_tokens", "prefill", "batch", "accept"):
+        value = getattr(args, name)
+        least = 0 if name == "accept" else 1
+        if value is not None and min(value if isinstance(value, list) else [value]) < least:
+            raise UserError(f"{name} is {value}. Allowed: at least {least}")
+    for path in filter(None, (args.json, args.profile)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if args.vs:
+        imported(args.vs, "vs")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=SUBJECTS, help="default: that of the shape or model, else SDAR")
@@ -248,9 +269,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--fast", type=lambda s: s == "true", help="true or false; default: where it can run")
-    parser.add_argument("--graphs", type=lambda s: s == "true", help="true or false; default: where it can run")
-    parser.add_argument("--decodes", type=lambda s: s == "true", default=True, help="true or false: time decodes too")
+    parser.add_argument("--fast", type=true_or_false, help="true or false; default: where it can run")
+    parser.add_argument("--graphs", type=true_or_false, help="true or false; default: where it can run")
+    parser.add_argument("--decodes", type=true_or_false, default=True, help="true or false: time decodes too")
     parser.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
     parser.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
     parser.add_argument("--profile", help="write kernel names and times of one S2D2 step at batch 1 to this file")
@@ -269,7 +290,11 @@ def load(args, subject: Subject):
         model = subject.family.model_class.from_pretrained(source, dtype=args.dtype, device=device)
     room = model.config.max_position_embeddings
     args.block_length = args.block_length or subject.block_length
-    args.context, args.prefill = min(args.context, room // 2), min(args.prefill, room)
+    fit = {"context": min(args.context, room // 2), "prefill": min(args.prefill, room)}
+    for name, value in fit.items():
+        if value < getattr(args, name):
+            print(f"{name} {getattr(args, name)} does not fit {room} positions: {value}")
+            setattr(args, name, value)
     return model
 
 
@@ -316,6 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         for path in map(Path, args.readme):
             path.write_text(refreshed(path.read_text(encoding="utf-8"), Path(__file__).parents[1]), encoding="utf-8")
         return
+    check(args)
     subject = subject_of(args.family, args.shape, args.model)
     model = load(args, subject)
     machine = Machine.measure(model.device, model.dtype)

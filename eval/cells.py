@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval import calibration, code_eval
+from eval.families import fingerprint
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
 from eval.store import texts_in
@@ -91,7 +92,8 @@ class Bench:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""
         if asked.task not in self._baselines:
             family = self.lm.family_name
-            first = next((s for s in self.grid.settings if (s.family, s.name) == (family, self.grid.baseline)), None)
+            mine = (family, self.lm.pretrained, self.grid.baseline)
+            first = next((s for s in self.grid.settings if (s.family, str(s.pretrained), s.name) == mine), None)
             key = cell_key(self.grid, first, asked, self.seed) if first else ""
             texts = texts_in(self.folder / "predictions" / key) if first else {}
             self._baselines[asked.task] = {r["doc"]: r["ids"] for r in texts.values()}
@@ -146,7 +148,7 @@ def quiet() -> Iterator[None]:
 
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
-    what = [setting.family, setting.decoder, setting.pretrained, setting.resolved(), asked.task, asked.metric,
+    what = [setting.family, setting.decoder, setting.pretrained, fingerprint(setting.pretrained), setting.resolved(), asked.task, asked.metric,
             grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 

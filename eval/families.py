@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from shared import scoring
@@ -105,6 +106,14 @@ def family_named(name: str) -> Family:
     if name not in FAMILIES:
         raise unknown_name("family", name, FAMILIES)
     return FAMILIES[name]
+
+
+@cache
+def fingerprint(pretrained: str) -> tuple:
+    """What tells the weights under a path from those that stood there before: name, size and time of each file."""
+    folder = checkpoint_folder(pretrained)
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())
 
 
 def family_of_checkpoint(pretrained: str) -> str:

@@ -76,8 +76,12 @@ class Grid:
 
     def only(self, pattern: str) -> Grid:
         """The settings whose name the regular expression finds, and the baseline."""
-        kept = tuple(s for s in self.settings if s.name == self.baseline or re.search(pattern, s.name))
-        if not kept:
+        try:
+            found = {s.name for s in self.settings if re.search(pattern, s.name)}
+        except re.error as error:
+            raise UserError(f"only is {pattern!r}, which is no regular expression ({error})") from error
+        kept = tuple(s for s in self.settings if s.name in {self.baseline, *found})
+        if not found:
             raise UserError(f"only is {pattern!r}, which no setting of {self.name} matches. Allowed: a part of a name")
         return replace(self, settings=kept)
 

@@ -29,9 +29,9 @@ HIDDEN = ("/dev", "/proc", "/sys", "/run")
 # Architecture -> (AUDIT_ARCH, system calls refused). From the kernel's tables; numbers from 424 on are common to all.
 COMMON = (425, 428, 429, 430, 431, 432, 433, 434, 435, 438, 442, 424)  # io_uring, mounts, pidfd, clone3
 CALLS = {
-    # socket socketpair clone fork vfork kill ptrace pivot_root chroot mount umount2 tkill tgkill unshare setns process_vm_* bpf keyctl, queueinfo, execve
-    "x86_64": (0xC000003E, (41, 53, 56, 57, 58, 62, 101, 155, 161, 165, 166, 200, 234, 272, 308, 310, 311, 321, 250, 129, 297, 59, 322, *COMMON)),
-    "aarch64": (0xC00000B7, (198, 199, 220, 129, 117, 41, 51, 40, 39, 130, 131, 97, 268, 270, 271, 280, 219, 138, 240, 221, 281, *COMMON)),
+    # shmget shmat (memory that no limit counts) socket socketpair clone fork vfork kill ptrace pivot_root chroot mount umount2 tkill tgkill unshare setns process_vm_* bpf keyctl, queueinfo, execve
+    "x86_64": (0xC000003E, (29, 30, 41, 53, 56, 57, 58, 62, 101, 155, 161, 165, 166, 200, 234, 272, 308, 310, 311, 321, 250, 129, 297, 59, 322, *COMMON)),
+    "aarch64": (0xC00000B7, (194, 196, 198, 199, 220, 129, 117, 41, 51, 40, 39, 130, 131, 97, 268, 270, 271, 280, 219, 138, 240, 221, 281, *COMMON)),
 }  # fmt: skip
 
 libc = ctypes.CDLL(None, use_errno=True)

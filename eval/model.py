@@ -20,7 +20,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from eval.families import decoder_in_file, family_named, family_of_checkpoint, family_of_class, split_target
+from eval.families import (
+    decoder_in_file,
+    family_named,
+    family_of_checkpoint,
+    family_of_class,
+    fingerprint,
+    split_target,
+)
 from eval.store import Store, trace_of
 from shared.distributed import World
 from shared.errors import UserError, unknown_name
@@ -64,7 +71,7 @@ class DraftAndVerifyLM(TemplateLM):
         device = world.device(device or "auto")
         self.model = self._family.model_class.from_pretrained(pretrained, dtype=dtype, device=device)
         self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
-        self._model_name = str(pretrained)
+        self.pretrained = str(pretrained)
         self._traces = bool(traces)
         self.judge = None  # replaces `shared.verify.judge`, to look on while it decides
         self._store = Store(None, self._rank, resume=False)
@@ -144,7 +151,16 @@ class DraftAndVerifyLM(TemplateLM):
             flat = options if isinstance(options, dict) else options.to_flat()
             self._used[requests[members[0]].task_name or "task"] = {**flat, "stop": stop}
             mark = json.dumps(
-                [self._model_name, self.family_name, self.decoder_name, str(self.model.dtype), flat, stop, self._seed],
+                [
+                    self.pretrained,
+                    fingerprint(self.pretrained),
+                    self.family_name,
+                    self.decoder_name,
+                    str(self.model.dtype),
+                    flat,
+                    stop,
+                    self._seed,
+                ],
                 default=str,
             )
             places: dict[str, list[int]] = {}
@@ -283,7 +299,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._model_name.replace("/", "__")
+        return self.pretrained.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids

@@ -53,26 +53,28 @@ def rows_of(cells: list[dict], baseline: str) -> list[dict]:
     return [row_of(c, base.get((c["family"], c["pretrained"], c["task"]))) for c in cells]
 
 
-def is_plain(row: dict, baseline: str) -> bool:
-    """Diffusion that verifies nothing."""
-    return not row["verifies"] and row["setting"] != baseline
+def is_plain(row: dict) -> bool:
+    """Diffusion that verifies nothing; block size one is none."""
+    return not row["verifies"] and row["options"].get("block_length") != 1
 
 
 def winners(rows: list[dict], baseline: str) -> list[dict]:
-    """Who is cheapest at equal accuracy, by family, task and measure of cost.
+    """Who is cheapest at equal accuracy, by family, checkpoint, task and measure of cost.
 
     ``bar`` "at least": settings that solve at least as many problems as the baseline; "not below": those whose loss against it may be noise (McNemar).
     ``plain`` and ``speculative`` are the cheapest of each kind among them, None where none is; ``gain`` is how many times cheaper the latter is.
     """
     found = []
-    for family, task in dict.fromkeys((r["family"], r["task"]) for r in rows):
-        here = [r for r in rows if (r["family"], r["task"]) == (family, task)]
+    several = len({(r["family"], r["pretrained"]) for r in rows}) > len({r["family"] for r in rows})
+    for contest in dict.fromkeys((r["family"], r["pretrained"], r["task"]) for r in rows):
+        here = [r for r in rows if (r["family"], r["pretrained"], r["task"]) == contest]
+        family, task = " ".join(contest[:2]) if several else contest[0], contest[2]
         first = next((r for r in here if r["setting"] == baseline), None)
         if first is None:
             continue
         for bar, passes in _bars(first).items():
             for cost, of in COSTS.items():
-                plain = min((r for r in here if is_plain(r, baseline) and passes(r)), key=of, default=None)
+                plain = min((r for r in here if is_plain(r) and passes(r)), key=of, default=None)
                 spec = min((r for r in here if r["verifies"] and passes(r)), key=of, default=None)
                 gain = of(plain) / of(spec) if plain and spec else None
                 found.append({"family": family, "task": task, "bar": bar, "cost": cost, "baseline": first, "plain": plain,

@@ -106,11 +106,19 @@ def expert_sizes(model) -> tuple[int, int]:
 
 
 def forward_work(
-    model, *, entries: int, tokens: int, logits: int, context: int, causal: bool = False, touched: Touched | None = None
+    model,
+    *,
+    entries: int,
+    tokens: int,
+    logits: int,
+    context: int,
+    causal: bool = False,
+    touched: Touched | None = None,
+    rows: int | None = None,
 ) -> Work:
     """A decoder's forward over ``entries`` of ``tokens`` each with ``context`` cached tokens; ``logits`` positions in all reach the head.
 
-    ``causal``: about half of the local query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and run.
+    ``rows``: of the cache that the entries share (default: one each); what is cached of a row is read once. ``causal``: about half of the local query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and run.
     """
     config, size, touched = model.config, torch.empty(0, dtype=model.dtype).element_size(), touched or Touched()
     embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight.numel()
@@ -121,6 +129,8 @@ def forward_work(
     narrow = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     wide = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     pairs = entries * tokens * (context + tokens / (2 if causal else 1))
-    read = (body + touched.experts * expert + (head if logits else 0)) * size + 2 * entries * context * narrow * size
+    read = (body + touched.experts * expert + (head if logits else 0)) * size + 2 * (
+        rows or entries
+    ) * context * narrow * size
     operations = 2 * (body * entries * tokens + expert * touched.pairs) + 2 * head * logits + 4 * pairs * wide
     return Work(read, operations)

@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import binomtest
 
 from eval import agreement, calibration, compare, results
+from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.stats import mcnemar, wilson
 from eval.store import trace_of
@@ -163,12 +164,33 @@ def test_a_killed_comparison_goes_on(measured, tmp_path):
     assert len(texts.read_bytes().splitlines()) == 5
 
 
-def test_winners_are_the_cheapest_at_equal_accuracy():
-    def row(setting, accuracy, forwards, verifies=0, p=1.0):
-        return {"family": "F", "task": "t", "setting": setting, "accuracy": accuracy, "forwards_per_token": forwards, "verifies": verifies,
-                "tokens_per_second": 1 / forwards, "p": p}  # fmt: skip
+def contestant(setting, accuracy, forwards, verifies=0, p=1.0, **more):
+    return {"family": "F", "pretrained": "tiny", "task": "t", "setting": setting, "accuracy": accuracy, "forwards_per_token": forwards,
+            "verifies": verifies, "tokens_per_second": 1 / forwards, "p": p, "options": {}, **more}  # fmt: skip
 
-    rows = [row("one", 0.9, 1.0), row("plain fast", 0.5, 0.1, p=0.001), row("plain noise", 0.88, 0.2, p=0.3), row("plain slow", 0.9, 0.4),
+
+def test_a_plain_baseline_is_a_contestant_and_checkpoints_do_not_mix():
+    rows = [contestant("fast", 0.9, 0.3), contestant("spec", 0.9, 0.25, 5)]
+    assert results.winners(rows, "fast")[0]["gain"] == pytest.approx(1.2)
+    rows += [contestant("fast", 0.5, 0.2, pretrained="other"), contestant("spec", 0.9, 0.1, 5, pretrained="other")]
+    found = {w["family"]: w["gain"] for w in results.winners(rows, "fast") if w["cost"] == "forwards / token"}
+    assert found == {"F tiny": pytest.approx(1.2), "F other": pytest.approx(2.0)}
+
+
+def test_a_cell_is_not_that_of_weights_that_stood_there_before(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    before = fingerprint(str(tmp_path))
+    fingerprint.cache_clear()
+    assert fingerprint(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"new weights")
+    fingerprint.cache_clear()
+    assert fingerprint(str(tmp_path)) != before
+
+
+def test_winners_are_the_cheapest_at_equal_accuracy():
+    row = contestant
+    rows = [row("one", 0.9, 1.0, options={"block_length": 1}), row("plain fast", 0.5, 0.1, p=0.001), row("plain noise", 0.88, 0.2, p=0.3), row("plain slow", 0.9, 0.4),
             row("spec", 0.9, 0.25, 5), row("spec dear", 0.95, 0.3, 5)]  # fmt: skip
     found = {(w["bar"], w["cost"]): w for w in results.winners(rows, "one")}
     strict, loose = found["at least", "forwards / token"], found["not below", "seconds"]

@@ -67,6 +67,20 @@ def test_hf_is_ours_only_with_a_key_of_ours():
     assert door("hf", pretrained="x", custom_generate="a.py:f") == door("hf", family="SDAR") == "dllm"
 
 
+def test_the_seed_of_a_run_is_that_of_its_decodes():
+    def seed(given, **model_args):
+        call = SimpleNamespace(
+            model="dllm", model_args={"family": "SDAR", **model_args}, seed=given, device=None, output_path=None
+        )
+        call.include_path = call.config = None
+        call.resume = False
+        return prepared(call).model_args.get("seed")
+
+    assert seed(None) is None
+    assert seed([1, 2, 3, 4]) == 3
+    assert seed([1, 2, 3, 4], seed=9) == 9
+
+
 SEED_COMMANDS = {
     # The published command of each family, with the tiny checkpoint for the hub id and an offline task for the public one.
     "SDAR": "--model hf --model_args pretrained=tiny,trust_remote_code=True,custom_generate=./generate_ssd_policy.py:block_diffusion_generate,"
