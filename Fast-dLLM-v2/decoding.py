@@ -55,9 +55,7 @@ class Run(shared_run.Run):
 
     batch: Rows
     causal_rows: Tensor | None = None  # [rows]: leading rows of each row's block that draft_ver has made causal
-    next_logits: Tensor | None = (
-        None  # [rows, V]: of the token after the block's end, by the last verify (reuse_verify)
-    )
+    next_logits: Tensor | None = None  # [rows, V]: what the last verify says follows the block (reuse_verify)
 
     @property
     def cache_options(self) -> Cache:

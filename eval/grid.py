@@ -118,6 +118,12 @@ def grid_of(data: dict) -> Grid:
         if (s.family, s.name) in seen:
             raise UserError(f"two settings of {s.family} are called {s.name!r}. Allowed: names that differ")
         seen.add((s.family, s.name))
+    called: dict[tuple[str, str], str] = {}
+    for s in settings:
+        if called.setdefault((s.family, Path(s.pretrained).name), s.pretrained) != s.pretrained:
+            raise UserError(
+                f"two checkpoints of {s.family} are called {Path(s.pretrained).name!r}. Allowed: names that differ"
+            )
     if grid.baseline and not any(s.name == grid.baseline for s in settings):
         raise unknown_name("baseline", grid.baseline, [s.name for s in settings])
     return grid

@@ -129,8 +129,7 @@ def forward_work(
     narrow = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     wide = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     pairs = entries * tokens * (context + tokens / (2 if causal else 1))
-    read = (body + touched.experts * expert + (head if logits else 0)) * size + 2 * (
-        rows or entries
-    ) * context * narrow * size
+    weights = body + touched.experts * expert + (head if logits else 0)
+    read = (weights + 2 * (rows or entries) * context * narrow) * size
     operations = 2 * (body * entries * tokens + expert * touched.pairs) + 2 * head * logits + 4 * pairs * wide
     return Work(read, operations)

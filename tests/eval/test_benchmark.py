@@ -107,6 +107,9 @@ def test_floor_by_hand():
     assert work.operations == 2 * body * 15 + 2 * 40 * 7 + 4 * (3 * 5 * (11 + 5)) * (2 * 4)
     assert work.floor(Machine("slow reader", read=1.0, rate=1e9)) == work.read_bytes
     assert work.floor(Machine("slow calculator", read=1e9, rate=1.0)) == work.operations
+    riding = forward_work(model, entries=3, tokens=5, logits=7, context=11, rows=2)
+    assert riding.read_bytes == 4 * (body + 40) + 2 * 2 * 11 * (2 * 4) * 4, "what is cached of a row is read once"
+    assert riding.operations == work.operations
     no_head = forward_work(model, entries=1, tokens=5, logits=0, context=0, causal=True)
     assert no_head.read_bytes == 4 * body
     assert no_head.operations == 2 * body * 5 + 4 * (5 * 2.5) * (2 * 4)

@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import binomtest
 
 from eval import agreement, calibration, compare, results
+from eval.cells import cell_key
 from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.stats import mcnemar, wilson
@@ -181,11 +182,20 @@ def test_a_cell_is_not_that_of_weights_that_stood_there_before(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"old")
     before = fingerprint(str(tmp_path))
+    grid = grid_of({"name": "g", "tasks": ["t"], "runs": [{"family": "SDAR", "pretrained": str(tmp_path)}]})
+    key = lambda: cell_key(grid, grid.settings[0], grid.tasks[0], 0)  # noqa: E731
+    old = key()
     fingerprint.cache_clear()
-    assert fingerprint(str(tmp_path)) == before
+    assert (fingerprint(str(tmp_path)), key()) == (before, old)
     (tmp_path / "model.safetensors").write_bytes(b"new weights")
     fingerprint.cache_clear()
-    assert fingerprint(str(tmp_path)) != before
+    assert key() != old
+
+
+def test_checkpoints_of_one_name_are_refused():
+    runs = [{"family": "SDAR", "pretrained": f"{folder}/tiny", "name": folder} for folder in ("a", "b")]
+    with pytest.raises(UserError, match="two checkpoints of SDAR are called 'tiny'"):
+        grid_of({"name": "g", "tasks": ["t"], "runs": runs})
 
 
 def test_winners_are_the_cheapest_at_equal_accuracy():

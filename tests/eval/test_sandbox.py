@@ -58,6 +58,8 @@ def test_no_new_processes():
 def test_memory_is_limited():
     assert run("x = bytearray(100 << 30)").reason == "failed"
     assert run("x = []\nwhile True: x.append(bytearray(1 << 20))").reason == "failed"
+    # Shared memory of System V, which no limit of a process counts.
+    assert not run("import ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0").passed
 
 
 def test_files_outside_cannot_be_written(tmp_path):
