@@ -20,7 +20,7 @@ from shared.cli import choose_script, parse
 from shared.docs import refreshed
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("benchmarks/*/README.md"))]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("benchmarks/*/README.md"))]
 SCRIPTS = {
     "generate.py": lambda argv: (generate.SCRIPT, argv),
     "generate_ssd_policy.py": lambda argv: (generate_ssd_policy.SCRIPT, argv),
