@@ -17,17 +17,10 @@ from torch import Tensor
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM, previous_row
 from fast_dllm_v2.options import Cache, Options, StandardOptions
 from fast_dllm_v2.rows import NOT_A_NUMBER, Rows
-from shared import masks
-from shared import run as shared_run
-from shared.batch import Finished, whole_blocks
-from shared.calls import check_call, check_prompts, split_call
-from shared.draft import Choice, Draft, How
-from shared.engine import Engine, Inputs, Staged
-from shared.errors import UserError
-from shared.graphs import Shape
-from shared.output import Completion, Lossless, Output
-from shared.prompts import as_prompts
-from shared.run import (
+from shared.decode import run as shared_run
+from shared.decode.batch import Finished, whole_blocks
+from shared.decode.calls import check_call, check_prompts, split_call
+from shared.decode.run import (
     Judged,
     Verified,
     View,
@@ -41,10 +34,18 @@ from shared.run import (
     settle,
     source_of,
 )
-from shared.sampling import GREEDY_BELOW, sample
-from shared.stop_strings import StopStrings
-from shared.unmask import above_threshold
-from shared.verify import Verdict, judge, losslessness, verified_choice
+from shared.decode.stop_strings import StopStrings
+from shared.errors import UserError
+from shared.gpu.engine import Engine, Inputs, Staged
+from shared.gpu.graphs import Shape
+from shared.network import masks
+from shared.output import Completion, Lossless, Output
+from shared.policy.accept import Verdict, judge, losslessness, verified_choice
+from shared.policy.draft import Choice, Draft
+from shared.policy.sampling import GREEDY_BELOW, sample
+from shared.policy.unmask import above_threshold
+from shared.scripts.prompts import as_prompts
+from shared.trace import How
 
 _NO_CACHE = Cache()
 
@@ -99,7 +100,7 @@ def decode(
     join as rows finish. ``stop``: a text ends with the small block in which one of these strings appears, and is cut before it (needs
     ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests``
     numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as small blocks finish, ``on_finish(completion)``
-    as texts do. ``judge`` replaces `shared.verify.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
+    as texts do. ``judge`` replaces `shared.policy.accept.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)

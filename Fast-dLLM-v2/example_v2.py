@@ -14,8 +14,8 @@ from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
 from fast_dllm_v2.generate_utils import generate_fast, generate_ssd, only_span_length
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.options import DEFAULT_PROMPT, PLAIN_PRESETS, PRESETS, SSD_PRESETS, Options, StandardOptions, plain
-from shared.cli import Script, choose_script
 from shared.errors import run_main
+from shared.scripts.cli import Script, choose_script
 
 
 def one_token(options: StandardOptions) -> StandardOptions:

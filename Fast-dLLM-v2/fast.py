@@ -1,8 +1,8 @@
-"""The fast forward of Fast-dLLM v2 on a GPU: the network of `modeling_fast` as `shared.fast` runs it."""
+"""The fast forward of Fast-dLLM v2 on a GPU: the network of `modeling_fast` as `shared.gpu.fast` runs it."""
 
 from __future__ import annotations
 
-from shared.fast import FastForward
+from shared.gpu.fast import FastForward
 
 
 class FastFastdLLM(FastForward):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fast_dllm_v2 import decoding
 from fast_dllm_v2.options import Options, StandardOptions
-from shared.calls import split_call
+from shared.decode.calls import split_call
 from shared.errors import UserError
 from shared.output import Output
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from fast_dllm_v2.decoding import resolve
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.options import Cache, StandardOptions
-from shared import reference
-from shared.batch import whole_blocks
-from shared.draft import How
-from shared.masks import block_causal, token_causal
-from shared.reference import ReferenceText, Step
-from shared.sampling import sample, transform
+from shared.decode import reference
+from shared.decode.batch import whole_blocks
+from shared.decode.reference import ReferenceText, Step
+from shared.network.masks import block_causal, token_causal
+from shared.policy.sampling import sample, transform
+from shared.trace import How
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fast_dllm_v2.options import Blocks
-from shared.batch import Batch, Finished, Row, whole_blocks
-from shared.draft import Choice, Draft, How
+from shared.decode.batch import Batch, Finished, Row, whole_blocks
+from shared.policy.draft import Choice, Draft
+from shared.trace import How
 
 NOT_A_NUMBER = -1  # a token chosen from logits that are not numbers
 

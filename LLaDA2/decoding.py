@@ -4,8 +4,8 @@ Each step drafts the current block of every row, replaces known tokens of it whe
 what the step still owes by confidence, and commits blocks that are finished. ``cached`` is the same loop with a policy that never
 verifies, ``nocache`` that one with nothing ever committed: there the cache is scratch, in which each forward puts its own keys for its own attention.
 
-What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.run.verify_inputs` and `decided`. They read
-nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
+What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.decode.run.verify_inputs` and `decided`. They read
+nothing back, so that on a GPU each is one CUDA graph (`shared.gpu.phases`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,10 @@ from torch import Tensor
 from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
 from llada2.options import NoCacheOptions, Options, StandardOptions
 from llada2.rows import Rows
-from shared import masks
-from shared import run as shared_run
-from shared.batch import Finished, whole_blocks
-from shared.calls import check_call, check_prompts, split_call
-from shared.draft import Choice, Draft, How
-from shared.engine import Engine, Inputs
-from shared.output import Completion, Lossless, Output
-from shared.prompts import as_prompts
-from shared.run import (
+from shared.decode import run as shared_run
+from shared.decode.batch import Finished, whole_blocks
+from shared.decode.calls import check_call, check_prompts, split_call
+from shared.decode.run import (
     Verified,
     View,
     commit,
@@ -44,11 +39,17 @@ from shared.run import (
     span_verdict,
     verify_spans,
 )
-from shared.sampling import GREEDY_BELOW
-from shared.spans import Picked, pick, wishes
-from shared.stop_strings import StopStrings
-from shared.unmask import above_threshold
-from shared.verify import Verdict, judge, losslessness
+from shared.decode.spans import Picked, pick, wishes
+from shared.decode.stop_strings import StopStrings
+from shared.gpu.engine import Engine, Inputs
+from shared.network import masks
+from shared.output import Completion, Lossless, Output
+from shared.policy.accept import Verdict, judge, losslessness
+from shared.policy.draft import Choice, Draft
+from shared.policy.sampling import GREEDY_BELOW
+from shared.policy.unmask import above_threshold
+from shared.scripts.prompts import as_prompts
+from shared.trace import How
 
 
 @dataclass
@@ -89,7 +90,7 @@ def decode(
     join as rows finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``).
     Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests`` numbers the prompts
     otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish, ``on_finish(completion)`` as texts do.
-    ``judge`` replaces `shared.verify.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
+    ``judge`` replaces `shared.policy.accept.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
@@ -235,7 +236,7 @@ def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | N
 
 
 def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
-    """A token and its confidence at every position, known tokens edited, and what the policy wishes to verify (`shared.spans.wishes`).
+    """A token and its confidence at every position, known tokens edited, and what the policy wishes to verify (`shared.decode.spans.wishes`).
 
     The block of the draft is the edited one: what is verified, filled and written next builds on it.
     """

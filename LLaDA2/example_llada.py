@@ -24,8 +24,8 @@ from llada2.options import (
     StandardOptions,
     plain,
 )
-from shared.cli import Script, choose_script
 from shared.errors import run_main
+from shared.scripts.cli import Script, choose_script
 
 
 def one_token(options: NoCacheOptions) -> StandardOptions:

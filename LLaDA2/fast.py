@@ -1,4 +1,4 @@
-"""The fast forward of LLaDA2 on a GPU: the network of `modeling_llada2_moe` as `shared.fast` runs it, its experts through `shared.triton_experts`."""
+"""The fast forward of LLaDA2 on a GPU: the network of `modeling_llada2_moe` as `shared.gpu.fast` runs it, its experts through `shared.gpu.experts`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llada2.modeling_llada2_moe import LLaDA2MoeMLP, LLaDA2MoeSparseMoeBlock
-from shared import triton_experts as moe
-from shared import triton_ops as ops
-from shared.fast import FastForward, GatedMLP, Layer
+from shared.gpu import experts as moe
+from shared.gpu import triton_ops as ops
+from shared.gpu.fast import FastForward, GatedMLP, Layer
 
 
 @dataclass(frozen=True, slots=True)

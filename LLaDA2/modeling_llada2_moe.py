@@ -12,11 +12,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llada2.configuration_llada2_moe import LLaDA2MoeConfig
-from shared.attention import attend
-from shared.experts import group_limited_top_k, mix_experts
-from shared.kv_cache import BlockCache, Window
-from shared.loading import CheckpointModel, special_ids
-from shared.rotary import rotary_tables, rotate
+from shared.network.attention import attend
+from shared.network.experts import group_limited_top_k, mix_experts
+from shared.network.kv_cache import BlockCache, Window
+from shared.network.loading import CheckpointModel, special_ids
+from shared.network.rotary import rotary_tables, rotate
 
 
 class LLaDA2MoeRMSNorm(nn.Module):

@@ -16,10 +16,10 @@ from torch import Tensor
 from llada2.decoding import resolve
 from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
 from llada2.options import NoCacheOptions
-from shared import reference
-from shared.draft import How
+from shared.decode import reference
 from shared.errors import UserError
-from shared.masks import block_causal, token_causal
+from shared.network.masks import block_causal, token_causal
+from shared.trace import How
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llada2.options import Blocks, Editing
-from shared.batch import Batch, Finished, Row
-from shared.draft import Choice, Draft
+from shared.decode.batch import Batch, Finished, Row
+from shared.policy.draft import Choice, Draft
 
 
 class Rows(Batch):

@@ -3,8 +3,8 @@
 Each step drafts the current block of every row, may verify the first masked span, fills the step's quota by the unmasking rule, and
 commits blocks that are finished. Plain decoding is the same loop with a policy that never verifies.
 
-What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.run.verify_inputs` and `decided`. They read
-nothing back, so that on a GPU each is one CUDA graph (`shared.phases`).
+What a step computes between its forwards stands in functions of device tensors: `draft_inputs`, `drafted`, `shared.decode.run.verify_inputs` and `decided`. They read
+nothing back, so that on a GPU each is one CUDA graph (`shared.gpu.phases`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,10 @@ from torch import Tensor
 
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import Options, StandardOptions
-from shared import masks
-from shared import run as shared_run
-from shared.batch import Batch, Finished, whole_blocks
-from shared.calls import check_call, check_prompts, split_call
-from shared.draft import Choice, Draft, How
-from shared.engine import Engine, Inputs
-from shared.output import Completion, Lossless, Output
-from shared.prompts import as_prompts
-from shared.run import (
+from shared.decode import run as shared_run
+from shared.decode.batch import Batch, Finished, whole_blocks
+from shared.decode.calls import check_call, check_prompts, split_call
+from shared.decode.run import (
     Verified,
     View,
     commit,
@@ -42,11 +37,17 @@ from shared.run import (
     span_verdict,
     verify_spans,
 )
-from shared.sampling import GREEDY_BELOW
-from shared.spans import pick, wishes
-from shared.stop_strings import StopStrings
-from shared.unmask import unmask
-from shared.verify import Verdict, judge, losslessness
+from shared.decode.spans import pick, wishes
+from shared.decode.stop_strings import StopStrings
+from shared.gpu.engine import Engine, Inputs
+from shared.network import masks
+from shared.output import Completion, Lossless, Output
+from shared.policy.accept import Verdict, judge, losslessness
+from shared.policy.draft import Choice, Draft
+from shared.policy.sampling import GREEDY_BELOW
+from shared.policy.unmask import unmask
+from shared.scripts.prompts import as_prompts
+from shared.trace import How
 
 
 @dataclass
@@ -79,7 +80,7 @@ def decode(
     ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
     join as rows finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt;
     ``requests`` numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish,
-    ``on_finish(completion)`` as texts do. ``judge`` replaces `shared.verify.judge`: acceptance by a script, for benchmarks on weights that
+    ``on_finish(completion)`` as texts do. ``judge`` replaces `shared.policy.accept.judge`: acceptance by a script, for benchmarks on weights that
     mean nothing. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
@@ -203,7 +204,7 @@ def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | N
 
 
 def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
-    """A token and its confidence at every position, and what the policy wishes to verify (`shared.spans.wishes`)."""
+    """A token and its confidence at every position, and what the policy wishes to verify (`shared.decode.spans.wishes`)."""
     draft = draft_of(run, view, logits)
     return draft, wishes(run.policy, draft, whole=run.whole_verify)
 

@@ -1,10 +1,10 @@
-"""The fast forward of SDAR on a GPU: the network of `modeling_sdar` as `shared.fast` runs it."""
+"""The fast forward of SDAR on a GPU: the network of `modeling_sdar` as `shared.gpu.fast` runs it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from shared.fast import FastForward
+from shared.gpu.fast import FastForward
 
 
 class FastSDAR(FastForward):

@@ -12,8 +12,8 @@ from pathlib import Path
 from sdar import decoding
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import DEFAULT_PROMPT, PLAIN_PRESETS, StandardOptions
-from shared.cli import Script
 from shared.output import Output
+from shared.scripts.cli import Script
 
 
 def block_diffusion_generate(

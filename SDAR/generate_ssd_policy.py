@@ -12,8 +12,8 @@ from pathlib import Path
 from sdar import decoding, generate
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import DEFAULT_PROMPT, PRESETS, Options, plain
-from shared.cli import Script
 from shared.output import Output
+from shared.scripts.cli import Script
 
 
 def block_diffusion_generate(model, input_ids, options: Options | None = None, *, uniforms=None, **flat) -> Output:

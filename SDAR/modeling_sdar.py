@@ -13,10 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdar.configuration_sdar import SDARConfig
-from shared.attention import attend
-from shared.kv_cache import BlockCache, Window
-from shared.loading import CheckpointModel, special_ids
-from shared.rotary import rotary_tables, rotate
+from shared.network.attention import attend
+from shared.network.kv_cache import BlockCache, Window
+from shared.network.loading import CheckpointModel, special_ids
+from shared.network.rotary import rotary_tables, rotate
 
 
 class SDARRMSNorm(nn.Module):

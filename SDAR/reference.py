@@ -14,10 +14,10 @@ from torch import Tensor
 from sdar.decoding import resolve
 from sdar.modeling_sdar import SDARForCausalLM
 from sdar.options import StandardOptions
-from shared import reference
-from shared.acceptance import entropy
-from shared.draft import How
-from shared.reference import ReferenceText, Step
+from shared.decode import reference
+from shared.decode.reference import ReferenceText, Step
+from shared.policy.acceptance import entropy
+from shared.trace import How
 
 
 class Reference(reference.Reference):

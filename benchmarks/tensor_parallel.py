@@ -28,10 +28,10 @@ from torch import Tensor
 from sdar import generate, generate_ssd_policy
 from sdar.configuration_sdar import SDARConfig
 from sdar.modeling_sdar import SDARForCausalLM
-from shared import tensor_parallel
-from shared.distributed import World
-from shared.loading import resolve_device
-from shared.tensor_parallel import Group
+from shared.network.loading import resolve_device
+from shared.scripts import tensor_parallel
+from shared.scripts.distributed import World
+from shared.scripts.tensor_parallel import Group
 
 RECORDED = Path(__file__).parents[1] / "tests" / "golden" / "SDAR" / "model"
 SHAPES = {

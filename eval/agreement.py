@@ -15,8 +15,8 @@ from pathlib import Path
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
 from shared.errors import run_main
-from shared.loading import load_tokenizer, resolve_device
-from shared.prompts import encode_prompt, read_prompt_file
+from shared.network.loading import load_tokenizer, resolve_device
+from shared.scripts.prompts import encode_prompt, read_prompt_file
 
 DECODERS = {
     "plain diffusion": (generate.block_diffusion_generate, {"confidence_threshold": 0.9}),

@@ -28,18 +28,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eval.hf_style import HFStyle
 from eval.roofline import Machine, Touched, Work, expert_layers, expert_sizes, forward_work, timed, touched_experts
 from eval.speed_tables import refreshed
 from eval.subjects import SHAPES, SUBJECTS, Kind, Subject, random_model, subject_of
-from shared import masks
-from shared.engine import Engine
 from shared.errors import UserError, run_main
-from shared.graphs import GraphRunner
-from shared.hf_style import HFStyle
-from shared.loading import resolve_device, resolve_dtype
+from shared.gpu.engine import Engine
+from shared.gpu.graphs import GraphRunner
+from shared.network import masks
+from shared.network.loading import resolve_device, resolve_dtype
 from shared.options import Runtime
 from shared.output import Output
-from shared.verify import Verdict, judge
+from shared.policy.accept import Verdict, judge
 
 
 def scripted(accept: int) -> Callable[..., Verdict]:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from shared.acceptance import ESTIMATORS
-from shared.draft import Draft, How
 from shared.options import Estimation
-from shared.verify import Verdict, judge
+from shared.policy.accept import Verdict, judge
+from shared.policy.acceptance import ESTIMATORS
+from shared.policy.draft import Draft
+from shared.trace import How
 
 BINS = 10
 
@@ -50,7 +51,7 @@ def of_unverified(record: dict, baseline: list[int]) -> list[tuple[float, bool]]
 
 
 class Recorder:
-    """A `shared.verify.judge` that also asks every acceptance estimator about the drafts it judges; ``bins`` by estimator."""
+    """A `shared.policy.accept.judge` that also asks every acceptance estimator about the drafts it judges; ``bins`` by estimator."""
 
     def __init__(self):
         self.options = Estimation()

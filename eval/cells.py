@@ -15,8 +15,8 @@ from eval.families import fingerprint
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
 from eval.store import texts_in
-from shared.draft import How
 from shared.errors import UserError, unknown_name
+from shared.trace import How
 
 TASKS = Path(__file__).parent / "tasks"
 FEWSHOT_SEED = 1234  # lm-eval's own

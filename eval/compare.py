@@ -19,8 +19,8 @@ from pathlib import Path
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import refreshed, rows_of, write_csv
 from eval.store import opened, read_lines
-from shared.distributed import World
 from shared.errors import UserError, run_main
+from shared.scripts.distributed import World
 
 ROOT = Path(__file__).parent.parent
 

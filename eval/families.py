@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from shared import scoring
 from shared.errors import UserError, unknown_name
-from shared.loading import checkpoint_folder
+from shared.network import scoring
+from shared.network.loading import checkpoint_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Decoder:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """``model_type`` is that of its checkpoints' config.json. The first decoder is the default one. ``scoring`` names the function of `shared.scoring`
+    """``model_type`` is that of its checkpoints' config.json. The first decoder is the default one. ``scoring`` names the function of `shared.network.scoring`
     that fits the network; ``folder`` is where the shipped checkpoint stands."""
 
     model_module: str

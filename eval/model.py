@@ -29,10 +29,10 @@ from eval.families import (
     split_target,
 )
 from eval.store import Store, trace_of
-from shared.distributed import World
 from shared.errors import UserError, unknown_name
-from shared.loading import load_tokenizer
+from shared.network.loading import load_tokenizer
 from shared.output import Completion, Output
+from shared.scripts.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class DraftAndVerifyLM(TemplateLM):
         self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
         self.pretrained = str(pretrained)
         self._traces = bool(traces)
-        self.judge = None  # replaces `shared.verify.judge`, to look on while it decides
+        self.judge = None  # replaces `shared.policy.accept.judge`, to look on while it decides
         self._store = Store(None, self._rank, resume=False)
         self.keep(predictions, bool(resume))
 

@@ -22,10 +22,10 @@ import sdar
 from eval.benchmark import prompts_of, vocabulary
 from eval.subjects import SHAPES, random_model
 from sdar import SDARForCausalLM
-from shared import masks
-from shared.engine import Engine
 from shared.errors import run_main
-from shared.loading import resolve_device
+from shared.gpu.engine import Engine
+from shared.network import masks
+from shared.network.loading import resolve_device
 from shared.options import Runtime
 
 TOLERANCE = 1.25  # the fast forward's mean difference over that of the plain network in bfloat16

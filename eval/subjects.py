@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eval.families import FAMILIES, Family, family_of_checkpoint
-from shared import masks
 from shared.errors import UserError
-from shared.graphs import Shape
+from shared.gpu.graphs import Shape
+from shared.network import masks
 
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rope_theta": 1e6, "mask_token_id": 151669}
 _QWEN2 = {"num_hidden_layers": 28, "rope_theta": 1e6}

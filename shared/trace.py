@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-
-from shared.draft import How
+from enum import IntEnum
 
 KINDS = ("prefill", "draft", "verify", "commit")
+
+
+class How(IntEnum):
+    """How a position got its token."""
+
+    NONE = 0
+    PROMPT = 1
+    UNMASKED = 2  # by the unmasking rule: a plain step, or the fallback of a speculative one
+    ACCEPTED = 3  # a drafted token the verifier accepted
+    RESAMPLED = 4  # the verifier's own token at the first rejection
+    KEPT = 5  # the rejected draft itself (allow_resample off)
+    RATIO = 6  # a later draft whose acceptance ratio passed ssd_ratio_threshold
+    CONFIDENT = 7  # a draft above confidence_threshold (always_check_high_confidence)
+    NEXT = 8  # the token that follows a committed block, where the network predicts the next token
+    EDITED = 9  # a later, better token; what `Trace.edits` lists, never how a position was first decided
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.engine import Engine
 from shared.errors import UserError
-from shared.phases import Phases
-from shared.uniforms import request_uniforms
+from shared.gpu.engine import Engine
+from shared.gpu.phases import Phases
+from shared.policy.uniforms import request_uniforms
 from tests.recorder import recorder
 
 HERE = Path(__file__).parent

@@ -10,12 +10,12 @@ import copy
 import pytest
 import torch
 
-from shared import triton_ops as ops
-from shared.engine import Engine
-from shared.fast import FastForward
-from shared.graphs import Shape
-from shared.kv_cache import Window
-from shared.masks import block_causal, token_causal, two_copy_verify
+from shared.gpu import triton_ops as ops
+from shared.gpu.engine import Engine
+from shared.gpu.fast import FastForward
+from shared.gpu.graphs import Shape
+from shared.network.kv_cache import Window
+from shared.network.masks import block_causal, token_causal, two_copy_verify
 from shared.options import Runtime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.phases import _leaves
+from shared.gpu.phases import _leaves
 
 ATEN = torch.ops.aten
 # On a GPU each of these waits for the device or copies from the host, which no capture allows: a value read back, positions of a mask, a tensor

@@ -16,8 +16,8 @@ from eval.model import DraftAndVerifyLM
 from fast_dllm_v2 import example_v2
 from llada2 import example_llada
 from sdar import generate, generate_ssd_policy
-from shared.cli import choose_script, parse
-from shared.docs import refreshed
+from shared.scripts.cli import choose_script, parse
+from shared.scripts.docs import refreshed
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("benchmarks/*/README.md"))]
@@ -112,7 +112,7 @@ def test_evaluation_command(command, monkeypatch):
         raise Loaded
 
     monkeypatch.setattr(sys, "argv", ["eval", "run", *shlex.split(command)])
-    monkeypatch.setattr("shared.loading.CheckpointModel.from_pretrained", loaded)
+    monkeypatch.setattr("shared.network.loading.CheckpointModel.from_pretrained", loaded)
     args = HarnessCLI().parse_args()
     with pytest.raises(Loaded):
         DraftAndVerifyLM(**args.model_args, batch_size=args.batch_size)
@@ -125,7 +125,7 @@ def test_there_are_evaluations():
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))
 def test_tables_are_fresh(readme):
     name = readme.relative_to(ROOT)
-    assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.docs {name}"
+    assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.scripts.docs {name}"
     assert results.refreshed(readme.read_text(), ROOT) == readme.read_text(), "run: python -m eval.compare --readme"
     assert speed_tables.refreshed(readme.read_text(), ROOT) == readme.read_text(), (
         f"run: python -m eval.benchmark --readme {name}"

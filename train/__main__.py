@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from shared.errors import UserError
-from shared.loading import CheckpointModel, checkpoint_folder, load_tokenizer, resolve_device
+from shared.network.loading import CheckpointModel, checkpoint_folder, load_tokenizer, resolve_device
 
 
 class Parser(argparse.ArgumentParser):

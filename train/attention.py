@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shared.attention import BACKENDS
+from shared.network.attention import BACKENDS
 
 REPEATED = "sdpa_repeated"
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.masks import block_causal, token_causal
+from shared.network.masks import block_causal, token_causal
 from train.data import Batch
 
 BLOCK_WEIGHTS = {1: 0.30, 4: 0.10, 8: 0.15, 16: 0.30, 32: 0.15}

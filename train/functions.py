@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from shared import judging
+from shared.scripts import judging
 from train.problem import Problem, Task
 
 VERBS = [

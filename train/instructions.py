@@ -7,7 +7,7 @@
     RIVER; LAMP; STONE
 
 Each exercise is a body (one of `BODIES`) with an optional opening and closing line; ``check["rules"]`` lists the rules
-an answer must meet, each ``{"rule": name, ...arguments}`` of `shared.judging.RULES`. The answer is determined by the prompt.
+an answer must meet, each ``{"rule": name, ...arguments}`` of `shared.scripts.judging.RULES`. The answer is determined by the prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 from random import Random
 
-from shared import judging
+from shared.scripts import judging
 from train.problem import Problem, Task
 
 WORDS = [

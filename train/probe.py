@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.masks import block_causal, token_causal
+from shared.network.masks import block_causal, token_causal
 from train.problem import Problem
 from train.tasks import TASKS, held_out
 from train.tokenizer import TURN_END, chat_prompt

@@ -14,7 +14,7 @@ from fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM
 from shared.errors import UserError, unknown_name
-from shared.loading import CheckpointModel
+from shared.network.loading import CheckpointModel
 from train.attention import fused_attention
 from train.balance import LoadBalance
 from train.block_diffusion import BlockDiffusion

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from shared import judging
+from shared.scripts import judging
 from train.problem import Problem, Task
 
 TERSE = 0.15

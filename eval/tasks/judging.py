@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from eval import sandbox
-from shared import judging
+from shared.scripts import judging
 
 
 def load(file: str, **kwargs) -> dict[str, Dataset]:

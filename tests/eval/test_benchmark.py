@@ -16,7 +16,7 @@ from eval.subjects import SHAPES, SUBJECTS, subject_of
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
-from shared.graphs import Shape
+from shared.gpu.graphs import Shape
 from tests.family_checks import golden_folder
 
 SMALL = ["--device", "cpu", "--batch", "1", "2", "--new_tokens", "32", "--context", "16", "--prefill", "32"]

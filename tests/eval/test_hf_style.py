@@ -2,8 +2,8 @@
 
 import torch
 
+from eval.hf_style import HFStyle
 from sdar import SDARForCausalLM, generate
-from shared.hf_style import HFStyle
 from tests.eval import published_style
 from tests.family_checks import draw_prompts, golden_folder
 

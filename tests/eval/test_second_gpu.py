@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eval.families import FAMILIES
-from shared.loading import load_tokenizer
-from shared.prompts import encode_prompt
-from shared.run import inference
+from shared.decode.run import inference
+from shared.network.loading import load_tokenizer
+from shared.scripts.prompts import encode_prompt
 
 
 def test_a_decode_makes_the_gpu_of_its_model_the_current_one(monkeypatch):

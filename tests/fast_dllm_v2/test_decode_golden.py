@@ -15,9 +15,8 @@ from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM, reference
 from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
 from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
 from fast_dllm_v2.options import PLAIN_PUBLISHED, PUBLISHED, Options, StandardOptions
-from shared.draft import How
-from shared.trace import Trace
-from shared.uniforms import request_uniforms
+from shared.policy.uniforms import request_uniforms
+from shared.trace import How, Trace
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("Fast-dLLM-v2")

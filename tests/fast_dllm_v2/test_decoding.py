@@ -14,7 +14,7 @@ from fast_dllm_v2.generate_utils import generate_fast, generate_ssd
 from fast_dllm_v2.modeling_fast import previous_row
 from fast_dllm_v2.options import Options, StandardOptions
 from shared.errors import UserError
-from shared.verify import Verdict
+from shared.policy.accept import Verdict
 from tests import family_checks as checks
 
 NO_STOP = {"stopping_criteria_idx": (), "mask_id": 255}

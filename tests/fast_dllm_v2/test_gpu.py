@@ -12,9 +12,9 @@ import fast_dllm_v2
 from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.generate_policy_utils import generate_ssd_policy
 from fast_dllm_v2.generate_utils import generate_fast
-from shared.graphs import Shape
-from shared.loading import load_tokenizer
-from shared.prompts import encode_prompt
+from shared.gpu.graphs import Shape
+from shared.network.loading import load_tokenizer
+from shared.scripts.prompts import encode_prompt
 from tests.fast_checks import DEVICE, needs_kernels
 from train.tasks import held_out
 

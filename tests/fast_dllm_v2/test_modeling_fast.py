@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.modeling_fast import previous_row
-from shared.masks import block_causal
+from shared.network.masks import block_causal
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("Fast-dLLM-v2")

@@ -16,8 +16,7 @@ from llada2 import LLaDA2MoeModelLM
 from llada2.generate_policy_utils import generate_ssd_policy
 from llada2.generate_utils import generate_cached, generate_nocache
 from llada2.options import NOCACHE_PUBLISHED, PLAIN_PUBLISHED, PUBLISHED
-from shared.draft import How
-from shared.trace import Trace
+from shared.trace import How, Trace
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("LLaDA2")

@@ -7,7 +7,7 @@ import torch
 
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from llada2.fast import FastLLaDA2
-from shared import triton_ops as ops
+from shared.gpu import triton_ops as ops
 from tests import fast_checks as checks
 from tests.fast_checks import DEVICE, needs_gpu, needs_kernels
 

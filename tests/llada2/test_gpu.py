@@ -12,8 +12,8 @@ import llada2
 from llada2 import LLaDA2MoeModelLM
 from llada2.generate_policy_utils import generate_ssd_policy
 from llada2.generate_utils import generate_cached, generate_nocache
-from shared.loading import load_tokenizer
-from shared.prompts import encode_prompt
+from shared.network.loading import load_tokenizer
+from shared.scripts.prompts import encode_prompt
 from tests.fast_checks import DEVICE, needs_gpu, needs_kernels
 from train.tasks import held_out
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from shared import loading
-from shared.distributed import World
 from shared.errors import UserError
-from shared.masks import block_causal, token_causal
-from shared.tensor_parallel import load
+from shared.network import loading
+from shared.network.masks import block_causal, token_causal
+from shared.scripts.distributed import World
+from shared.scripts.tensor_parallel import load
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("LLaDA2")

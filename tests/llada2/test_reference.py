@@ -6,8 +6,8 @@ import pytest
 
 from llada2.options import NoCacheOptions, Options, StandardOptions
 from llada2.reference import Step, generate
-from shared.draft import How
 from shared.errors import UserError
+from shared.trace import How
 from tests.llada2.test_decode_golden import CASES, options_of, recorded_model
 
 KINDS = {kind.decoder: kind for kind in (NoCacheOptions, StandardOptions, Options)}

@@ -12,7 +12,7 @@ import torch
 import sdar
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM, example_llada
 from llada2.generate_utils import generate_cached, generate_nocache
-from shared.loading import load_tokenizer
+from shared.network.loading import load_tokenizer
 
 SHORT = ["--max_new_tokens", "12", "--block_size", "8", "--device", "cpu"]
 

@@ -13,9 +13,9 @@ from llada2 import LLaDA2MoeModelLM, example_llada
 from llada2.generate_policy_utils import generate_ssd_policy
 from llada2.generate_utils import generate_cached
 from llada2.options import PRESETS
-from shared.judging import meets_rules
-from shared.loading import load_tokenizer
-from shared.prompts import encode_prompt
+from shared.network.loading import load_tokenizer
+from shared.scripts.judging import meets_rules
+from shared.scripts.prompts import encode_prompt
 
 TINY = Path(llada2.__file__).parent / "tiny"
 PROBLEMS = Path(__file__).parents[2] / "eval" / "tasks" / "instructions.jsonl"

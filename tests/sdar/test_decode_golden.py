@@ -13,8 +13,7 @@ import torch
 
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
 from sdar.options import PUBLISHED
-from shared.draft import How
-from shared.trace import Trace
+from shared.trace import How, Trace
 from tests.family_checks import golden_folder
 
 FOLDER = golden_folder("SDAR")

@@ -11,7 +11,7 @@ import torch
 from sdar import SDARForCausalLM, generate, generate_ssd_policy, reference
 from sdar.options import PRESETS, Options, StandardOptions
 from shared.errors import UserError
-from shared.verify import judge
+from shared.policy.accept import judge
 from tests import family_checks as checks
 
 FOLDER = checks.golden_folder("SDAR")

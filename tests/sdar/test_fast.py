@@ -7,8 +7,8 @@ import torch
 
 from sdar import SDARConfig, SDARForCausalLM
 from sdar.fast import FastSDAR
-from shared.graphs import GraphRunner, Shape
-from shared.masks import two_copy_verify
+from shared.gpu.graphs import GraphRunner, Shape
+from shared.network.masks import two_copy_verify
 from tests import fast_checks as checks
 from tests.fast_checks import DEVICE, error, needs_gpu, needs_kernels
 

@@ -10,9 +10,9 @@ import torch
 
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
-from shared import triton_ops
-from shared.loading import load_tokenizer
-from shared.prompts import encode_prompt
+from shared.gpu import triton_ops
+from shared.network.loading import load_tokenizer
+from shared.scripts.prompts import encode_prompt
 from tests.sdar.test_decoding import EVERY, UNSAVED
 from train.tasks import held_out
 

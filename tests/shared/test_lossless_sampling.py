@@ -20,9 +20,9 @@ from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from llada2 import generate_policy_utils as llada2_policy
 from llada2 import generate_utils as llada2_plain
 from sdar import SDARConfig, SDARForCausalLM, generate, generate_ssd_policy
-from shared import verify
-from shared.masks import token_causal
-from shared.sampling import transform
+from shared.network.masks import token_causal
+from shared.policy import accept as verify
+from shared.policy.sampling import transform
 
 VOCAB, MASK, TOKENS, TEXTS = 5, 4, 3, 4000
 EXACT = {"acceptance": "exact", "do_verify_policy": "always", "cache_ver": True}

@@ -310,7 +310,7 @@ def test_choices(name, near):
 
 
 def test_choices_name_what_the_code_implements():
-    from shared.acceptance import ESTIMATORS
+    from shared.policy.acceptance import ESTIMATORS
 
     assert set(get_args(groups.Estimator)) == set(ESTIMATORS)
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from shared.draft import How
-from shared.trace import Trace, format_trace
+from shared.trace import How, Trace, format_trace
 
 # Prompt of 2, blocks of 4: positions 2 and 3 end block 0, positions 4 to 7 are block 1.
 TRACE = Trace(

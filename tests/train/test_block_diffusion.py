@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdar import SDARConfig, SDARForCausalLM
-from shared.masks import block_causal, token_causal
+from shared.network.masks import block_causal, token_causal
 from train.block_diffusion import BLOCK_WEIGHTS, BlockDiffusion, add_noise, two_copy_train
 from train.data import Batch
 

@@ -11,8 +11,8 @@ from random import Random
 
 import pytest
 
-from shared import judging
 from shared.errors import UserError
+from shared.scripts import judging
 from train import functions, instructions, word_problems
 from train.tasks import TASKS, held_out, is_held_out, train_problems
 

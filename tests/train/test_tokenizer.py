@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from shared.loading import load_tokenizer
+from shared.network.loading import load_tokenizer
 from tests.train.shipped import TINY
 from train.tasks import train_problems
 from train.tokenizer import SPECIAL, build_tokenizer, chat_prompt, save_tokenizer

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
 from llada2 import LLaDA2MoeModelLM
 from sdar import SDARForCausalLM
-from shared.loading import load_tokenizer
+from shared.network.loading import load_tokenizer
 from tests.train.shipped import TINY
 from train.__main__ import load_model, main
 from train.data import TRAINED_TO, WIDTH_STEP, batches, encode_rows

@@ -1,0 +1,1 @@
+"""A decode in progress: canvas, cursor, lanes, and the leaves every loop calls."""

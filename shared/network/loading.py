@@ -1,0 +1,327 @@
+"""Checkpoints in the Hugging Face layout, read with this repository's own classes: safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from shared.errors import UserError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
+PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
+
+
+def checkpoint_folder(path_or_id: str | Path) -> Path:
+    """A local checkpoint folder; a hub id (``organisation/name``) is downloaded into the Hugging Face cache first."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model {str(path_or_id)!r}: the folder has no config.json")
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model {name!r}: no such folder. Give a checkpoint folder or a hub id like JetLM/SDAR-8B-Chat")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise UserError(f"model {name!r}: not a folder here, and the hub did not give it ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What kind of error it is, and the beginning of its message if it has one."""
+    line = " ".join(str(error).strip().splitlines()[:1])
+    return textwrap.shorten(
+        f"{type(error).__name__}: {line}" if line else type(error).__name__, 200, placeholder=" ..."
+    )
+
+
+def _read_json(path: Path) -> dict:
+    """The object a file of the checkpoint holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a JSON object is needed, {type(found).__name__} found")
+    return found
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (UserError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a readable safetensors index ({_reason(error)})") from error
+        absent = [n for n in names if not (folder / n).is_file()]
+        if absent:
+            raise UserError(f"{folder}: the index lists shards that are not there: {', '.join(absent)}")
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise UserError(f"{folder}: no model.safetensors (other weight formats are not loaded; convert with safetensors)")
+
+
+def checked_shards(folder: Path, expected: Mapping[str, torch.Size], ignored: Collection[str] = ()) -> list[Path]:
+    """The weight files of a checkpoint that holds the tensors of ``expected`` in their shapes, and no others but those of ``ignored``."""
+    shards, shapes = _shards(folder), {}
+    with _naming_damage(folder):
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    _check_names(folder, expected, {k: shape for k, shape in shapes.items() if k not in ignored})
+    return shards
+
+
+def read_tensors(
+    shards: Iterable[Path],
+    keys: Collection[str],
+    part: Callable[[str, object], torch.Tensor] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``(key, tensor)`` for ``keys``, one after the other, on the host. ``part(key, weight)``: what to read of a tensor, where ``weight`` is an unread
+    safetensors slice (None: all).
+
+    A weight file is mapped into memory, where what was read of it stays until it is closed. So it is opened anew for every ``PIECE`` bytes.
+    """
+    for shard in shards:
+        with _naming_damage(shard.parent):
+            with safe_open(shard, framework="pt") as file:
+                left = [key for key in reversed(list(file.keys())) if key in keys]
+            while left:
+                size = 0
+                with safe_open(shard, framework="pt") as file:
+                    while left and size < PIECE:
+                        key = left.pop()
+                        tensor = part(key, file.get_slice(key)) if part else file.get_tensor(key)
+                        size += tensor.nbytes
+                        yield key, tensor
+
+
+def read_state_dict(
+    folder: Path,
+    expected: Mapping[str, torch.Size],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    part: Callable[[str, object], torch.Tensor],
+    ignored: Collection[str] = (),
+) -> dict[str, torch.Tensor]:
+    """The ``part`` of every tensor of a checkpoint (see `read_tensors`) on ``device``, checked as a whole before any is read.
+
+    Parts are cut on the host: the device never sees the rest.
+    """
+    state = {}
+    for key, tensor in read_tensors(checked_shards(folder, expected, ignored), expected, part):
+        tensor = tensor.to(device)
+        state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return state
+
+
+@contextmanager
+def _naming_damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{folder}: a weight file is damaged ({error})") from error
+
+
+def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mapping[str, tuple[int, ...]]) -> None:
+    def some(names: Iterable[str]) -> str:
+        names = sorted(names)
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    if missing := set(expected) - set(found):
+        raise UserError(f"{folder}: the checkpoint lacks {some(missing)}")
+    if extra := {k for k in set(found) - set(expected) if not k.endswith("inv_freq")}:
+        raise UserError(f"{folder}: the checkpoint has tensors this model does not know: {some(extra)}")
+    for key, shape in expected.items():
+        if tuple(shape) != found[key]:
+            raise UserError(f"{folder}: {key} is {list(found[key])}, the config asks for {list(shape)}")
+
+
+class CheckpointModel(nn.Module):
+    """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``, and ``divides`` where `shared.scripts.tensor_parallel` cannot
+    cut them."""
+
+    config_class: type
+    divides: bool = True
+    config: object
+    folder: Path | None = None  # where it was loaded from
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def read_config(cls, path_or_id: str | Path) -> tuple[Path, object]:
+        """``(checkpoint folder, its config)``; refused if the folder holds another kind of model."""
+        folder, wanted = checkpoint_folder(path_or_id), cls.config_class.model_type
+        found = _read_json(folder / "config.json").get("model_type", wanted)
+        if found != wanted:
+            raise UserError(f"{folder}: config.json is of model_type {found!r}. Allowed: {wanted!r}")
+        return folder, cls.config_class.from_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+    ):
+        """Weights of ``path_or_id`` on ``device`` in eval mode.
+
+        ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU); ``device="auto"`` is the GPU when there is one.
+        """
+        device = resolve_device(device)
+        folder, config = cls.read_config(path_or_id)
+        dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
+        try:
+            with torch.device("meta"):
+                model = cls(config).to(dtype)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+        tied = config.tie_word_embeddings and _HEAD in model.state_dict()
+        if tied:
+            model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
+        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        shards = checked_shards(folder, shapes, [_HEAD] if tied else [])
+        model.to_empty(device=device)
+        # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
+        places = model.state_dict()
+        for key, tensor in read_tensors(shards, places):
+            places[key].copy_(tensor)
+        if tied:
+            model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
+        model.folder = folder
+        return model.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads. ``dtype`` is that of the weights; buffers keep theirs."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        config.torch_dtype = dtype or self.dtype
+        config.save_pretrained(folder)
+        tied, buffers = config.tie_word_embeddings, dict(self.named_buffers())
+        state = {
+            k: v.detach().to(v.dtype if dtype is None or k in buffers else dtype).contiguous().cpu()
+            for k, v in self.state_dict().items()
+            if not (tied and k == _HEAD)
+        }
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """``auto`` is the GPU when there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is not one torch knows. Allowed: auto, cpu, cuda, cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not served. Allowed: auto, cpu, cuda, cuda:N")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch sees no GPU. Allowed here: auto, cpu")
+    return resolved
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def resolve_dtype(
+    dtype: torch.dtype | str, checkpoint: torch.dtype | str | None, device: torch.device | str
+) -> torch.dtype:
+    """``auto``: the checkpoint's own dtype on a GPU, float32 on a CPU (faster there, and exact for bfloat16 weights)."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown. Allowed: auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return checkpoint if isinstance(checkpoint, torch.dtype) else _DTYPES.get(str(checkpoint), torch.bfloat16)
+
+
+def load_tokenizer(path_or_id: str | Path):
+    """The checkpoint's own tokenizer with its chat template (never remote code)."""
+    from transformers import AutoTokenizer
+
+    folder = checkpoint_folder(path_or_id)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
+        raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
+
+
+def special_ids(
+    *,
+    vocab_size: int,
+    mask_id: int | None,
+    stop_ids: Iterable[int] | None,
+    config,
+    folder: Path | None = None,
+    tokenizer=None,
+    family_mask: int | None = None,
+    family_stop: Iterable[int] = (),
+) -> tuple[int, tuple[int, ...]]:
+    """``(mask id, stop ids)``, each from the first that names it: flag, config, tokenizer, family table.
+
+    The generation config's eos ids count as the config's. Every id is checked against the vocabulary; the family's, which are those of its
+    released checkpoints, do not count where they lie outside it. The mask id ends no text: given as a stop id it is refused, elsewhere left out.
+    """
+    if family_mask is not None and family_mask >= vocab_size:
+        family_mask = None
+    mask = _mask_id(mask_id, config, tokenizer, family_mask)
+    if stop_ids is None:
+        stop_ids = _stop_ids(mask, config, folder, tokenizer, [i for i in family_stop if i < vocab_size])
+    stops = tuple(int(i) for i in stop_ids)
+    for field, value in [("mask_id", mask), *(("stopping_criteria_idx", i) for i in stops)]:
+        if not 0 <= value < vocab_size:
+            raise UserError(f"{field} {value} is outside the vocabulary. Allowed: 0 to {vocab_size - 1}")
+    if mask in stops:
+        raise UserError(f"mask_id {mask} is also a stop id")
+    return mask, stops
+
+
+def _mask_id(given: int | None, config, tokenizer, family: int | None) -> int:
+    """The first of them that is not None."""
+    candidates = (given, getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None), family)
+    found = next((c for c in candidates if c is not None), None)
+    if found is None:
+        raise UserError("mask_id: neither the flag, the config nor the tokenizer names a mask token; give --mask_id")
+    return int(found)
+
+
+def _stop_ids(mask: int, config, folder: Path | None, tokenizer, family: list[int]) -> list[int]:
+    """The eos ids of the first that has any: generation config, config, tokenizer, family table.
+
+    A checkpoint may list its mask token among them, which no text ends with; one that lists nothing else has none.
+    """
+    generation = folder / "generation_config.json" if folder else None
+    listed = _read_json(generation).get("eos_token_id") if generation and generation.is_file() else None
+    for found in (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family):
+        ids = found if isinstance(found, list | tuple) else [] if found is None else [found]
+        stops = [i for i in ids if i != mask]
+        if stops or (found is not None and not ids):
+            return stops
+    return []

@@ -1,0 +1,1 @@
+"""The edge: flags, prompt files, results on disk, tables in READMEs, torchrun."""

@@ -1,0 +1,474 @@
+"""What the example scripts of all families share: flags, prompts, streaming, results on disk, the printed summary.
+
+Every decode option is a flag under its own name; everything else a script takes is a field of `ScriptArguments`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tqdm import tqdm
+
+from shared.errors import UserError, run_main, unknown_name
+from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_device
+from shared.options import ALIASES, FlatOptions, check, coerce, option
+from shared.output import Completion, Output
+from shared.scripts import tensor_parallel
+from shared.scripts.distributed import World
+from shared.scripts.prompts import encode_prompt, read_prompt_file
+from shared.trace import format_trace
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptArguments:
+    model: str | None = option(None, "checkpoint folder or hub id; default: the tiny checkpoint shipped in this folder")
+    prompt: str | None = option(None, "the prompt; default: problems that come with the checkpoint")
+    prompt_file: str | None = option(
+        None, "prompts from a file: JSONL ('prompt' or 'messages' a line), else one a line"
+    )
+    batch_size: int = option(1, "texts in flight at a time; waiting prompts join as rows finish", low=1)
+    output_dir: str | None = option(None, "append results there as they finish (outputs.jsonl); a second run resumes")
+    stream: bool = option(False, "print text as blocks finish")
+    trace: str | None = option(None, "write the traces to this JSON file")
+    forward_stats: bool = option(False, "print each step's decoding order and tokens")
+    preset: str | None = option(None, "a named setting; single flags go on top")
+    seed: int = option(42, "seed of every random draw", low=0, high=2**63 - 1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N")
+    dtype: str = option("auto", "auto, float32, bfloat16, float16, float64")
+    tensor_parallel: int = option(1, "processes that hold one model together (torchrun --nproc_per_node=N)", low=1)
+    prompt_length: int | None = option(None, "keep at most this many tokens of a prompt", low=1)
+    no_chat: bool = option(False, "send the prompt without the chat template")
+    compare: bool | None = option(None, "also run plain diffusion and block size one; default: when no prompt is given")
+    trust_remote_code: bool = option(False, "accepted for old command lines; this repository's own code is always used")
+
+    def __post_init__(self):
+        check(self)
+        if self.prompt is not None and self.prompt_file is not None:
+            raise UserError("prompt and prompt_file are both given. Allowed: one of them")
+        if self.trace is not None and not Path(self.trace).parent.is_dir():
+            raise UserError(f"trace {self.trace!r}: no such folder. Allowed: a file in a folder that is there")
+        if self.compare and self.tensor_parallel > 1:
+            raise UserError("compare and tensor_parallel above 1 are both given. Allowed: one of them")
+
+
+SCRIPT_ALIASES = {
+    "model": ("model", "model_dir"),
+    "forward_stats": ("forward_stats", "return_forward_stats", "return_decoding_order", "record_decoding_order"),
+    "device": ("device", "device_map"),
+    "prompt": ("prompt", "p"),
+}
+# Flags whose bare form says no.
+NEGATIONS = {"no_resample": "allow_resample"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **flat):
+        super().__init__(**flat)
+        # What may follow a flag although it begins with a dash; argparse's own pattern (before Python 3.14) lacks exponents.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.Field, spellings: Sequence[str]) -> None:
+    """One field as a flag. Values stay strings here: `shared.options.coerce` is the only place that reads them."""
+    options = list(get_args(kind)) if type(None) in get_args(kind) else [kind]
+    literal = next((k for k in options if get_origin(k) is Literal), None)
+    choices = f" {{{', '.join(get_args(literal))}}}" if literal else ""
+    default = "" if field.default is None else f" (default: {field.default})"
+    flags = [f"--{s}" if len(s) > 1 else f"-{s}" for s in spellings]
+    help = (field.metadata["help"] + choices + default).replace("%", "%%")
+    if bool in options:
+        group.add_argument(
+            *flags, nargs="?", const=True, metavar="BOOL", default=argparse.SUPPRESS, dest=name, help=help
+        )
+    elif any(get_origin(k) is tuple for k in options):
+        group.add_argument(*flags, nargs="+", metavar="ID", default=argparse.SUPPRESS, dest=name, help=help)
+    else:
+        metavar = "NAME" if literal else next(k for k in options if k is not type(None)).__name__.upper()
+        group.add_argument(*flags, metavar=metavar, default=argparse.SUPPRESS, dest=name, help=help)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The flag that names one of several ``scripts`` behind one file, and the ``name`` it gave."""
+
+    flag: str
+    name: str
+    scripts: Mapping[str, Script]
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """For ``--help`` alone: the flag is off the command line when the parser sees it."""
+        names = ", ".join(self.scripts)
+        group = parser.add_argument_group("decoder")
+        group.add_argument(
+            f"--{self.flag}",
+            metavar="NAME",
+            default=argparse.SUPPRESS,
+            help=f"{{{names}}}, each with flags of its own; these are of {self.name}",
+        )
+
+    def owners(self, flag: str) -> list[str]:
+        """The scripts that have ``--flag``."""
+        return [n for n, s in self.scripts.items() if f"--{flag}" in build_parser(s.options, "")._option_string_actions]
+
+
+def build_parser(options: type[FlatOptions], description: str, presets: Sequence[str] = ()) -> _Parser:
+    """A parser with a flag for every field of `ScriptArguments` and of each group of ``options``; only flags given appear in its result."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, group in {"script": ScriptArguments, **options.groups()}.items():
+        section, hints = parser.add_argument_group(title), get_type_hints(group)
+        for f in dataclasses.fields(group):
+            spellings = {**ALIASES, **SCRIPT_ALIASES}.get(f.name, (f.name,))
+            _add_flag(section, parser, f.name, hints[f.name], f, spellings)
+            if f.name == "preset" and presets:
+                parser._option_string_actions["--preset"].help += f" {{{', '.join(presets)}}}"
+            for negation, name in NEGATIONS.items():
+                if name == f.name:
+                    section.add_argument(f"--{negation}", dest=name, action="store_false", default=argparse.SUPPRESS)
+    if "temperature" in options.names():
+        parser.add_argument(
+            "--do_sample", nargs="?", const=True, default=argparse.SUPPRESS, help="false: temperature 0"
+        )
+    return parser
+
+
+def parse(
+    options: type[FlatOptions],
+    presets: Mapping[str, Mapping],
+    argv: Sequence[str] | None,
+    description: str,
+    shipped: str,
+    choice: Choice | None = None,
+) -> tuple[ScriptArguments, FlatOptions, str | None]:
+    """``(script arguments, decode options, name of the preset in use)``. Without ``--model`` the preset is ``shipped``."""
+    parser = build_parser(options, description, tuple(presets))
+    if choice is not None:
+        choice.add_to(parser)
+    given, strange = parser.parse_known_args(argv)
+    if strange:
+        raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
+    given, hints = vars(given), get_type_hints(ScriptArguments)
+    script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
+    preset = script.preset or (shipped if script.model is None else None)
+    if preset is not None and preset not in presets:
+        raise unknown_name("preset", preset, presets)
+    try:
+        return script, options.from_flat(presets.get(preset, {}), **given), preset
+    except UserError as error:
+        ours = [k for k in presets.get(preset, {}) if k not in given and re.search(rf"\b{k}\b", str(error))]
+        if not ours:
+            raise
+        raise UserError(
+            f"{error}; preset {preset} sets {ours[0]}, --{ours[0]} on the command line overrides it"
+        ) from error
+
+
+def unknown_flag(flag: str, parser: argparse.ArgumentParser, choice: Choice | None) -> UserError:
+    """The error for a ``flag`` that ``parser`` does not have: whose it is, or what it may have meant."""
+    owners = choice.owners(flag) if choice else []
+    if owners:
+        named = " or ".join(f"--{choice.flag} {name}" for name in owners)
+        return UserError(f"flag {flag!r} is not one of {choice.name}. Allowed with {named}")
+    flags = sorted({s.lstrip("-") for a in parser._actions for s in a.option_strings if s.startswith("--")})
+    return unknown_name("flag", flag, flags)
+
+
+def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -> tuple[list[dict], list[list[int]]]:
+    """The records to decode and their token ids. ``demo``: the checkpoint's own problems; ``default``: used where it has none."""
+    if script.prompt_file is not None:
+        records = read_prompt_file(script.prompt_file)
+    elif script.prompt is not None:
+        records = [{"prompt": script.prompt}]
+    else:
+        records = read_prompt_file(demo) if demo.is_file() else [{"prompt": default}]
+    try:
+        prompts = [encode_prompt(tokenizer, record, chat=not script.no_chat) for record in records]
+    except UserError as error:
+        raise UserError(f"{script.prompt_file or 'prompt'}: {error}") from error
+    return records, [p[: script.prompt_length] for p in prompts]
+
+
+class Results:
+    """``outputs.jsonl`` in a folder: one line a finished text, flushed at once; a later run skips what is there.
+
+    Nothing is written before the first text is finished. With several processes each has a file of its own, ``outputs.rank1.jsonl`` and so on.
+    """
+
+    def __init__(self, folder: str | None, run: dict, rank: int = 0):
+        self.file, self.done, self.run, self.rank = None, set(), run, rank
+        self.root = None if folder is None else Path(folder)
+        if self.root is None:
+            return
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"output_dir {folder!r} is a file. Allowed: a folder")
+        self._check_settings()
+        there = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+        if not os.access(there, os.W_OK):
+            raise UserError(f"output_dir {folder!r} cannot be written ({there}). Allowed: a folder of yours")
+        self.path = self.root / (f"outputs.rank{rank}.jsonl" if rank else "outputs.jsonl")
+        for path in self.root.glob("outputs*.jsonl"):
+            self.done |= self._indices(path)
+
+    def _check_settings(self) -> None:
+        """Raise `UserError` if the folder holds results of another run."""
+        settings = self.root / "run.json"
+        try:
+            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
+        except ValueError as error:
+            raise UserError(
+                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
+            ) from error
+        if not same:
+            raise UserError(
+                f"output_dir {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+            )
+
+    @classmethod
+    def _indices(cls, path: Path) -> set[int]:
+        """The prompts whose texts a file holds."""
+        try:
+            return {json.loads(line)["index"] for line in cls._whole_lines(path).split(b"\n") if line}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: not every line is a JSON object with an index ({error})") from error
+
+    @staticmethod
+    def _whole_lines(path: Path) -> bytes:
+        """The file less half a last line, which a killed run may leave."""
+        kept = path.read_bytes()
+        return kept[: kept.rfind(b"\n") + 1]
+
+    def _open(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
+        unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.root / "run.json")
+        if self.path.is_file():
+            self.path.write_bytes(self._whole_lines(self.path))
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def add(self, index: int, record: dict, completion: Completion) -> None:
+        """Append a finished text."""
+        if self.root is None:
+            return
+        if self.file is None:
+            self._open()
+        line = {"index": index, **record}
+        line |= {
+            "index": index,  # also where the record brings one of its own
+            "text": completion.text,
+            "token_ids": completion.tokens,
+            "forwards": completion.trace.forwards,
+            "decided": completion.trace.counts(),
+            "seconds": round(completion.seconds, 4),
+        }
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+class Streamer:
+    """Prints text block by block: what all ids so far decode to, less what has been printed, up to the first stop token."""
+
+    def __init__(self, tokenizer, stop_ids: Sequence[int], many: bool):
+        self.tokenizer, self.stop_ids, self.many = tokenizer, set(stop_ids), many
+        self.ids: dict[int, list[int]] = {}
+        self.printed: dict[int, str] = {}
+
+    def __call__(self, request: int, new_ids: list[int]) -> None:
+        ids = self.ids.setdefault(request, [])
+        if self.stop_ids & set(ids):
+            return
+        ids.extend(new_ids)
+        end = next((k for k, t in enumerate(ids) if t in self.stop_ids), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).rstrip("\ufffd")
+        piece, self.printed[request] = text[len(self.printed.get(request, "")) :], text
+        if self.many:
+            print(f"[{request}] {piece}", flush=True)
+        else:
+            print(piece, end="", flush=True)
+
+
+def is_solved(record: dict, text: str) -> bool | None:
+    """Whether the text ends in the record's ``answer`` (what stands after ``####`` in either) or equals its ``expected`` text; None when the record
+    has neither."""
+    if "answer" in record:
+        said, wanted = (str(words).split("####")[-1].strip() for words in (text, record["answer"]))
+        return said == wanted
+    return text.strip() == str(record["expected"]).strip() if "expected" in record else None
+
+
+def print_texts(script: ScriptArguments, output: Output, tokenizer) -> None:
+    """Texts (unless streamed), traces if asked for, and the trace file."""
+    for completion in output.completions:
+        if not script.stream and script.output_dir is None:
+            print(f"=== text {completion.request}\n{completion.text}\n")
+        if script.forward_stats:
+            print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n")
+    if script.trace is not None:
+        Path(script.trace).write_text(json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
+
+
+def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | None]) -> str:
+    """A table of decoders over the same prompts: what each token cost and how much of the drafts was accepted."""
+    width = max(map(len, rows))
+    lines = [
+        f"{'decoder':{width}s}  tokens  forwards/token (prefill draft verify commit)  accepted/verify  tokens/s  solved"
+    ]
+    for name, out in rows.items():
+        kinds = "  ".join(f"{out.forwards[k] / max(1, out.token_count):.3f}" for k in out.forwards)
+        accepted = f"{out.mean_accepted_length:.2f}" if out.forwards["verify"] else "-"
+        cost = f"{out.forwards_per_token:6.3f}" if out.token_count else f"{'-':>6s}"
+        right = "-" if solved.get(name) is None else f"{solved[name]}/{len(out.completions)}"
+        lines.append(
+            f"{name:{width}s}  {out.token_count:6d}  {cost}         ({kinds})  {accepted:>15s}  "
+            f"{out.tokens_per_second:8.1f}  {right:>6s}"
+        )
+    return "\n".join(lines)
+
+
+def choose_script(
+    scripts: Mapping[str, Script], argv: Sequence[str] | None, flag: str, default: str
+) -> tuple[Script, list[str]]:
+    """Take ``--flag NAME`` off a command line (the last of several counts): the script it names out of ``scripts``, and the rest of the line."""
+    words, rest, name = iter(sys.argv[1:] if argv is None else argv), [], default
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key == f"--{flag}":
+            name = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if name not in scripts:
+        raise unknown_name(flag, name, scripts)
+    return dataclasses.replace(scripts[name], choice=Choice(flag, name, scripts)), rest
+
+
+@dataclass(frozen=True)
+class Script:
+    """An example script: parse, load, generate, print. ``python FILE.py --help`` is its manual.
+
+    ``generate`` is the family's decoder; ``rivals(options)`` names the decoders it is compared with, each ``(function, options)``; ``shipped`` is
+    the preset used with the tiny checkpoint in ``folder``; ``default_prompt`` is for checkpoints that bring no problems of their own. ``check`` may
+    refuse options before anything is loaded; ``choice`` is what `choose_script` chose it from.
+    """
+
+    description: str
+    folder: Path
+    model_class: type
+    options: type[FlatOptions]
+    presets: Mapping[str, Mapping]
+    shipped: str
+    title: str
+    generate: Callable[..., Output]
+    rivals: Callable[[FlatOptions], dict[str, tuple[Callable[..., Output], FlatOptions]]]
+    default_prompt: str
+    check: Callable[[FlatOptions], None] = lambda options: None
+    choice: Choice | None = None
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run; bad input is one line on standard error and exit code 2."""
+        run_main(lambda: self.run(argv))
+
+    def run(self, argv: Sequence[str] | None) -> None:
+        script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped, self.choice)
+        self.check(options)
+        if script.trust_remote_code:
+            print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
+        world = World.from_environment(script.tensor_parallel)
+        source = script.model or str(self.folder / "tiny")
+        tokenizer = load_tokenizer(source)
+        records, prompts = load_prompts(
+            script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
+        )
+        device = resolve_device(world.device(script.device))
+        model = tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
+        if world.rank == 0:
+            print(f"{self.title} | {source} | {model.device.type}, {str(model.dtype)[6:]}")
+            values = " ".join(f"{k}={v}" for k, v in self.presets.get(preset, {}).items())
+            print(f"preset {preset}: {values}\n" if preset else "no preset\n")
+        output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
+        world.leave()
+        if output is None:
+            if world.rank == 0:
+                print("nothing is left to decode")
+            return
+        print_texts(script, output, tokenizer)
+        rows = {"this run": output}
+        unasked = script.compare is None and script.prompt is None and script.prompt_file is None and world.size == 1
+        if script.compare or unasked:
+            asked = [c.request for c in output.completions]  # after a resume, not all prompts
+            call = {"seed": script.seed, "batch_size": script.batch_size, "tokenizer": tokenizer, "requests": asked}
+            for name, (generate, rival) in self.rivals(options).items():
+                rows[name] = generate(model, [prompts[k] for k in asked], rival, **call)
+        by_request = {
+            name: [is_solved(records[c.request], c.text) for c in out.completions] for name, out in rows.items()
+        }
+        solved = {name: None if None in found else sum(found) for name, found in by_request.items()}
+        print(format_comparison(rows, solved))
+        print(f"\nlossless: {'yes' if output.lossless else 'no'} ({output.lossless_reason})")
+
+    def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
+        """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
+        run = {
+            "model": source,
+            "decoder": self.title,
+            "seed": script.seed,
+            "dtype": str(model.dtype)[6:],
+            "options": options.to_flat(),
+            "prompts": prompts,
+        }
+        results = Results(script.output_dir, run, world.rank)
+        todo = [k for k in world.share(range(len(prompts))) if k not in results.done]
+        if results.done and script.trace is not None:
+            raise UserError(
+                f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
+            )
+        if results.done and world.rank == 0:
+            print(f"{len(results.done)} of {len(prompts)} texts are in {script.output_dir} already")
+        if not todo:
+            return None
+        _, stop_ids = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
+        streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1) if script.stream and world.leads else None
+        bar = tqdm(
+            total=len(todo), unit="text", disable=script.stream or len(todo) < 2 or world.rank > 0, file=sys.stderr
+        )
+
+        def finished(completion: Completion) -> None:
+            if not world.leads:
+                return
+            results.add(completion.request, records[completion.request], completion)
+            bar.update()
+            if script.stream and script.batch_size == 1:
+                print(
+                    f"\n--- {len(completion.tokens)} tokens, {completion.trace.total_forwards} forwards\n", flush=True
+                )
+
+        with results, bar:
+            return self.generate(
+                model,
+                [prompts[k] for k in todo],
+                options,
+                requests=todo,
+                seed=script.seed,
+                batch_size=script.batch_size,
+                tokenizer=tokenizer,
+                on_block=streamer,
+                on_finish=finished,
+            )
