@@ -25,13 +25,13 @@ from shared.decode.run import (
     Verified,
     View,
     draft_of,
-    hand_over,
+    emit,
+    finish_step,
     inference,
     judged,
     naming_the_layer,
     output_of,
     policy_of,
-    settle,
     source_of,
 )
 from shared.decode.stop_strings import StopStrings
@@ -40,7 +40,7 @@ from shared.gpu.engine import Engine, Inputs, Staged
 from shared.gpu.graphs import Shape
 from shared.network import masks
 from shared.output import Completion, Lossless, Output
-from shared.policy.accept import Verdict, judge, losslessness, verified_choice
+from shared.policy.accept import Verdict, accept_span, losslessness, verified_choice
 from shared.policy.draft import Choice, Draft
 from shared.policy.sampling import GREEDY_BELOW, sample
 from shared.policy.unmask import above_threshold
@@ -92,7 +92,7 @@ def decode(
     stop: Sequence[str] = (),
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
-    judge: Callable[..., Verdict] = judge,
+    accept_rule: Callable[..., Verdict] = accept_span,
 ) -> Output:
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
@@ -100,14 +100,16 @@ def decode(
     join as rows finish. ``stop``: a text ends with the small block in which one of these strings appears, and is cut before it (needs
     ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests``
     numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as small blocks finish, ``on_finish(completion)``
-    as texts do. ``judge`` replaces `shared.policy.accept.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
+    as texts do. ``accept_rule`` replaces `shared.policy.accept.accept_span`. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
     check_call(len(prompts), requests, uniforms, batch_size, seed)
-    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
+    run = start(
+        model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, accept_rule
+    )
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
@@ -118,12 +120,12 @@ def decode(
             draft, wish = propose(run, rows)
             picked = route(run, rows, wish)
             verified = verify(run, rows, draft, picked)
-            ended += move_on(run, settle(run, rows, draft, verified, decided), stops, on_block)
-        hand_over(run, ended, stops, done, options.blocks, on_finish)
+            ended += move_on(run, finish_step(run, rows, draft, verified, decided), stops, on_block)
+        emit(run, ended, stops, done, options.blocks, on_finish)
     return output_of(run, done, began, _lossless(run.options))
 
 
-def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
+def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, accept_rule) -> Run:
     """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
     blocks, device = options.blocks, model.device
     length, small = blocks.block_length, blocks.small_block_length
@@ -138,10 +140,10 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
     batch = Rows(prompts, blocks, requests=requests, rows=rows, device=device, uniforms=source, room=(allocated, slots))
     policy = policy_of(options, allocated, device)
     causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
-    new = Run(model, options, batch, engine, policy, judge, causal_rows=causal_rows)
+    new = Run(model, options, batch, engine, policy, accept_rule, causal_rows=causal_rows)
     if new.reuse_verify:
         new.next_logits = torch.zeros(allocated, model.config.vocab_size, dtype=model.dtype, device=device)
-    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), accept_rule)
     new.phase = engine.phases_for(constants, [new, batch, source, policy])
     return new
 
@@ -203,12 +205,12 @@ def encode_prompts(run: Run, rows: list[int]) -> list[Finished]:
 
 
 def put_next(run: Run, rows: list[int], logits: Tensor | None) -> list[Finished]:
-    """Choose and write the token that follows the last committed block of ``rows``, from its logits ``[b, V]`` (one read; see `Rows.settle_next`)."""
+    """Choose and write the token that follows the last committed block of ``rows``, from its logits ``[b, V]`` (one read; see `Rows.finish_next`)."""
     if not rows:
         return []
     tokens = run.phase(next_tokens, run, run.batch.index(rows), logits)
     with naming_the_layer(run, rows):
-        return run.batch.settle_next(rows, tokens.tolist())
+        return run.batch.finish_next(rows, tokens.tolist())
 
 
 def next_tokens(run: Run, index: Tensor, logits: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ def next_tokens(run: Run, index: Tensor, logits: Tensor) -> Tensor:
     temperature = 0.0 if run.options.blocks.greedy_next else sampling.temperature
     if temperature >= GREEDY_BELOW:
         uniform = run.batch.uniforms.take(index, 1, 1)[:, 0]
-    tokens, confidence = sample(run.rule_out(logits), uniform, temperature, sampling.top_k, sampling.top_p)
+    tokens, confidence = sample(run.suppress_mask(logits), uniform, temperature, sampling.top_k, sampling.top_p)
     run.batch.write_next(index, tokens)
     return torch.where(confidence.isfinite(), tokens, NOT_A_NUMBER)
 
@@ -330,7 +332,7 @@ def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int):
 
 
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
-    """What the step writes: the verified prefix, or where nothing was verified what the threshold takes. Returns what `Rows.settle` reads."""
+    """What the step writes: the verified prefix, or where nothing was verified what the threshold takes. Returns what `Rows.finish_step` reads."""
     choice, reach, finite = judged(run, draft, verified, verdict_on)
     unmask(run, draft, choice)
     run.policy.observe(draft, reach > 0, choice.count)
@@ -339,13 +341,15 @@ def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
 
 def verdict_on(run: Run, draft: Draft, verified: Verified) -> Judged:
     """What a causal verify decides for a draft all of whose rows were verified; it also predicts the token that follows the block."""
-    options, small, logits = run.options, run.batch.block_length, run.rule_out(verified.logits)
+    options, small, logits = run.options, run.batch.block_length, run.suppress_mask(verified.logits)
     if run.next_logits is not None:
         run.next_logits[draft.rows] = logits[:, -1]
     # A rejection is replaced from the residual against what was really drafted from, whatever the verifier's temperature.
     drafted = replace(draft, sampling=replace(options.sampling, verify_temperature=None))
     source = run.batch.uniforms
-    verdict = run.judge(drafted, logits[:, :small], verified.queries, options.acceptance, options.sampling, source)
+    verdict = run.accept_rule(
+        drafted, logits[:, :small], verified.queries, options.acceptance, options.sampling, source
+    )
     choice = verified_choice(draft, verdict, options.acceptance, keep_rejected=False)
     return choice, torch.full_like(draft.rows, small), verdict.finite
 

@@ -148,14 +148,14 @@ class Fast_dLLM_QwenForCausalLM(CheckpointModel):
         local_mask: Tensor | None = None,
         *,
         logits_at: slice | Tensor | None = None,
-        leading: int | None = None,
+        logit_rows: int | None = None,
     ) -> Tensor:
         """Logits ``[B, T, V]`` for ``input_ids [B, T]`` at ``position_ids [B, T]``; row ``t`` predicts the token after it.
 
         ``cache``: the `Window` this forward writes to and reads from (None: the tokens see only each other).
         ``local_mask``: None (all T see each other), bool ``[T, W]`` or ``[B, T, W]`` (True = may attend), or additive float (reference
         backend only). ``logits_at`` limits which rows reach the head: a slice of T, or indices ``[B, K]`` -> ``[B, K, V]``.
-        ``leading``: only this many first entries of the batch reach it (default: all).
+        ``logit_rows``: only this many first entries of the batch reach it (default: all).
         """
         x = self.model.embed_tokens(input_ids)
         rope = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -166,7 +166,7 @@ class Fast_dLLM_QwenForCausalLM(CheckpointModel):
             mask = (mask if mask.dim() == 3 else mask[None])[:, None]
         for layer in self.model.layers:
             x = layer(x, rope, cache, mask, self.backend)
-        x = x[:leading]
+        x = x[:logit_rows]
         if isinstance(logits_at, slice):
             x = x[:, logits_at]
         elif logits_at is not None:

@@ -159,7 +159,7 @@ class Reference(reference.Reference):
         for place, token in enumerate(tokens):
             mask[place, list(token.sees)] = True
         ids, positions = ([getattr(t, name) for t in tokens] for name in ("token", "position"))
-        return self.rule_out(self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)[0])
+        return self.suppress_mask(self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)[0])
 
     def draft(self) -> Step:
         """Denoise the small block: a token and its confidence at each position."""

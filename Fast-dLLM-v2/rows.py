@@ -65,9 +65,9 @@ class Rows(Batch):
         known = ~draft.masked[:, 0] | choice.take[:, 0]
         return torch.cat([super().record(draft, choice, reach, finite), known[:, None].long()], 1)
 
-    def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+    def finish_step(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
         self.begun |= {i for i, (*_, known) in zip(rows, read, strict=True) if known}
-        return super().settle(rows, [four for *four, _ in read])
+        return super().finish_step(rows, [four for *four, _ in read])
 
     def advance(self, rows: Sequence[int]) -> None:
         super().advance(rows)
@@ -96,7 +96,7 @@ class Rows(Batch):
         self.history[index, :, at[1]] = torch.stack([self.iteration[index], how, torch.zeros_like(index)], 1)
         self.iteration.index_add_(0, index, torch.ones_like(index))
 
-    def settle_next(self, rows: list[int], read: list[int]) -> list[Finished]:
+    def finish_next(self, rows: list[int], read: list[int]) -> list[Finished]:
         """Count the tokens that `write_next` wrote; returns the rows that end with theirs, and those whose small block is complete."""
         finished = []
         for i, token in zip(rows, read, strict=True):

@@ -28,13 +28,13 @@ from shared.decode.run import (
     View,
     commit,
     draft_of,
-    hand_over,
+    emit,
+    finish_step,
     inference,
     judged,
     output_of,
     policy_of,
     prefill,
-    settle,
     source_of,
     span_verdict,
     verify_spans,
@@ -44,7 +44,7 @@ from shared.decode.stop_strings import StopStrings
 from shared.gpu.engine import Engine, Inputs
 from shared.network import masks
 from shared.output import Completion, Lossless, Output
-from shared.policy.accept import Verdict, judge, losslessness
+from shared.policy.accept import Verdict, accept_span, losslessness
 from shared.policy.draft import Choice, Draft
 from shared.policy.sampling import GREEDY_BELOW
 from shared.policy.unmask import above_threshold
@@ -82,7 +82,7 @@ def decode(
     stop: Sequence[str] = (),
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
-    judge: Callable[..., Verdict] = judge,
+    accept_rule: Callable[..., Verdict] = accept_span,
 ) -> Output:
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
@@ -90,14 +90,16 @@ def decode(
     join as rows finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``).
     Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests`` numbers the prompts
     otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish, ``on_finish(completion)`` as texts do.
-    ``judge`` replaces `shared.policy.accept.judge`. Raises `UserError` before any forward when a prompt or an option does not fit.
+    ``accept_rule`` replaces `shared.policy.accept.accept_span`. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
     prompts = as_prompts(input_ids, attention_mask)
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
     check_call(len(prompts), requests, uniforms, batch_size, seed)
-    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
+    run = start(
+        model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, accept_rule
+    )
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
@@ -106,7 +108,7 @@ def decode(
         draft, wish = propose(run, rows)
         picked = route(run, rows, wish)
         verified = verify_spans(run, rows, draft, picked)
-        finished = stops.end(settle(run, rows, draft, verified, decided))
+        finished = stops.end(finish_step(run, rows, draft, verified, decided))
         if on_block:
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, options.blocks.max_new_tokens))
@@ -114,11 +116,11 @@ def decode(
             commit(run, finished, is_encoded, commit_mask)
         else:
             run.batch.advance([f.row for f in finished if not f.last])
-        hand_over(run, [f.row for f in finished if f.last], stops, done, options.blocks, on_finish)
+        emit(run, [f.row for f in finished if f.last], stops, done, options.blocks, on_finish)
     return output_of(run, done, began, _lossless(run.options))
 
 
-def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
+def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms, seed: int, accept_rule) -> Run:
     """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
     blocks, editing, device = options.blocks, options.editing, model.device
     length, sampled = blocks.block_length, options.sampling.temperature >= GREEDY_BELOW
@@ -142,8 +144,8 @@ def start(model, prompts, options: NoCacheOptions, requests, rows: int, uniforms
         room=(allocated, slots),
     )
     policy = policy_of(options, allocated, device)
-    run = Run(model, options, batch, engine, policy, judge)
-    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    run = Run(model, options, batch, engine, policy, accept_rule)
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), accept_rule)
     run.phase = engine.phases_for(constants, [batch, source, policy])
     return run
 
@@ -193,14 +195,14 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     if not run.cached:
         view, inputs = whole_inputs(run, rows)
         return run.phase(drafted, run, view, run.forward("draft", rows, inputs, inputs.ids.shape[1]))
-    riders = [i for i in rows if batch.rows[i].uncommitted]
-    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
-    ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
+    commit_rows = [i for i in rows if batch.rows[i].uncommitted]
+    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(commit_rows) if commit_rows else None
+    ride, reach = (run.cache.indices(commit_rows), run.cache.indices(ahead)) if commit_rows else (None, None)
     view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
-    logits = run.forward("draft", rows + riders, view.staged, length, ahead=ahead)
-    for i in riders:
+    logits = run.forward("draft", rows + commit_rows, view.staged, length, ahead=ahead)
+    for i in commit_rows:
         batch.rows[i].uncommitted = False
-    run.cache.commit([length] * len(riders), riders)
+    run.cache.commit([length] * len(commit_rows), commit_rows)
     return run.phase(drafted, run, view, logits)
 
 
@@ -231,7 +233,7 @@ def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | N
         if options.draft_ver or options.cache_ver:
             final = torch.full_like(ride, length if options.cache_ver else 0)
             mask = masks.causal_until(torch.cat([known, final]), length)
-    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, leading=len(index)))
+    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, logit_rows=len(index)))
     return View(index, block, masked, staged)
 
 
@@ -249,12 +251,12 @@ def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]
 
 def route(run: Run, rows: list[int], wish: Tensor | None) -> Picked:
     """Which of the rows that have something masked to verify, and how far."""
-    candidates = [k for k, i in enumerate(rows) if i not in run.batch.resting]
+    candidates = [k for k, i in enumerate(rows) if i not in run.batch.in_post_step]
     return pick(run.policy, wish, run.engine, candidates, whole=run.whole_verify)
 
 
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
-    """What the step writes: the verified prefix, then what it still owes by confidence. Returns what `Batch.settle` reads."""
+    """What the step writes: the verified prefix, then what it still owes by confidence. Returns what `Batch.finish_step` reads."""
     choice, reach, finite = judged(run, draft, verified, span_verdict)
     everyone = verified is not None and verified.index is None
     if not everyone or run.options.unmask.num_to_transfer > 1:  # a verified row has gained one already
@@ -278,7 +280,7 @@ def is_encoded(run: Run, finished: Finished) -> bool:
     savings, causal = run.options.savings, run.cache_options.cache_ver
     if finished.verified_to < run.batch.block_length:
         return False
-    if finished.row in run.batch.rested:
+    if finished.row in run.batch.after_post_step:
         return savings.reuse_draft and run.cache_options.draft_ver == causal
     return savings.reuse_verify and causal
 

@@ -122,7 +122,7 @@ class Reference(reference.Reference):
         self.out.forwards.append((kind, counted))
         mask = bias if self.blocks.as_bias else bias == 0  # both hide what has -inf
         logits = self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)
-        return self.rule_out(logits[0, -self.blocks.block_length :])
+        return self.suppress_mask(logits[0, -self.blocks.block_length :])
 
     def draft(self, start: int, masked: list[int], decoded: int) -> Step:
         """Denoise the block: it sees everything before it and all of itself; with ``draft_ver`` leading known tokens are causal."""

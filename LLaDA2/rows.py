@@ -13,7 +13,7 @@ from shared.policy.draft import Choice, Draft
 
 
 class Rows(Batch):
-    """``resting``: rows whose next step is a post step, with nothing masked. ``rested``: those whose last step was one."""
+    """``in_post_step``: rows whose next step is a post step, with nothing masked. ``after_post_step``: those whose last step was one."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Rows(Batch):
         )
         if not blocks.eos_early_stop:
             self._stops = self._stops[:0]
-        self.resting: set[int] = set()
-        self.rested: set[int] = set()
+        self.in_post_step: set[int] = set()
+        self.after_post_step: set[int] = set()
         self._starts: list[list[int]] = [[] for _ in self.rows]  # of the block of each iteration
         self.posts = torch.zeros_like(self.start)  # post steps of the current block
         self.changed = torch.zeros_like(self.start, dtype=torch.bool)  # did this step edit?
@@ -51,7 +51,7 @@ class Rows(Batch):
     def _place_request(self, i: int, position: int, request: int, prompt: list[int]) -> None:
         super()._place_request(i, position, request, prompt)
         self.posts[i], self._starts[i] = 0, []
-        self.resting.discard(i)
+        self.in_post_step.discard(i)
         if self._replaced is not None:
             self._replaced[i] = -1
 
@@ -86,12 +86,14 @@ class Rows(Batch):
             reach = torch.where(self._settled(draft), self.block_length, reach)
         return super().record(draft, choice, reach, finite)
 
-    def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+    def finish_step(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
         for i in rows:
             self._starts[i].append(self.rows[i].start)
-        self.rested = self.resting.intersection(rows)
-        self.resting = (self.resting - set(rows)) | {i for i, (left, *_) in zip(rows, read, strict=True) if left < 0}
-        return super().settle(rows, read)
+        self.after_post_step = self.in_post_step.intersection(rows)
+        self.in_post_step = (self.in_post_step - set(rows)) | {
+            i for i, (left, *_) in zip(rows, read, strict=True) if left < 0
+        }
+        return super().finish_step(rows, read)
 
     def advance(self, rows: Sequence[int]) -> None:
         super().advance(rows)

@@ -26,13 +26,13 @@ from shared.decode.run import (
     View,
     commit,
     draft_of,
-    hand_over,
+    emit,
+    finish_step,
     inference,
     judged,
     output_of,
     policy_of,
     prefill,
-    settle,
     source_of,
     span_verdict,
     verify_spans,
@@ -42,7 +42,7 @@ from shared.decode.stop_strings import StopStrings
 from shared.gpu.engine import Engine, Inputs
 from shared.network import masks
 from shared.output import Completion, Lossless, Output
-from shared.policy.accept import Verdict, judge, losslessness
+from shared.policy.accept import Verdict, accept_span, losslessness
 from shared.policy.draft import Choice, Draft
 from shared.policy.sampling import GREEDY_BELOW
 from shared.policy.unmask import unmask
@@ -73,14 +73,14 @@ def decode(
     stop: Sequence[str] = (),
     on_block: Callable[[int, list[int]], None] | None = None,
     on_finish: Callable[[Completion], None] | None = None,
-    judge: Callable[..., Verdict] = judge,
+    accept_rule: Callable[..., Verdict] = accept_span,
 ) -> Output:
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
     ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
     join as rows finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt;
     ``requests`` numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as blocks finish,
-    ``on_finish(completion)`` as texts do. ``judge`` replaces `shared.policy.accept.judge`: acceptance by a script, for benchmarks on weights that
+    ``on_finish(completion)`` as texts do. ``accept_rule`` replaces `shared.policy.accept.accept_span`: acceptance by a script, for benchmarks on weights that
     mean nothing. Raises `UserError` before any forward when a prompt or an option does not fit.
     """
     began = time.perf_counter()
@@ -88,7 +88,9 @@ def decode(
     options = resolve(model, options, tokenizer)
     check_prompts(prompts, options.blocks, model.config)
     check_call(len(prompts), requests, uniforms, batch_size, seed)
-    run = start(model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, judge)
+    run = start(
+        model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, accept_rule
+    )
     text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     stops = StopStrings(stop, text_of, run.batch)
     done: dict[int, Completion] = {}
@@ -97,17 +99,17 @@ def decode(
         draft, wish = propose(run, rows)
         picked = pick(run.policy, wish, run.engine, range(len(rows)), whole=run.whole_verify)
         verified = verify_spans(run, rows, draft, picked)
-        finished = stops.end(settle(run, rows, draft, verified, decided))
+        finished = stops.end(finish_step(run, rows, draft, verified, decided))
         if on_block:
             limit = run.batch.capacity if options.blocks.round_to_blocks else options.blocks.max_new_tokens
             for f in finished:
                 on_block(run.batch.rows[f.row].request, run.batch.new_tokens(f.row, limit))
         commit(run, finished, is_encoded, commit_mask)
-        hand_over(run, [f.row for f in finished if f.last], stops, done, options.blocks, on_finish)
+        emit(run, [f.row for f in finished if f.last], stops, done, options.blocks, on_finish)
     return output_of(run, done, began, _lossless(run.options))
 
 
-def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, judge) -> Run:
+def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, accept_rule) -> Run:
     """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
     blocks, length, device = options.blocks, options.blocks.block_length, model.device
     capacity = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length)
@@ -132,8 +134,8 @@ def start(model, prompts, options: StandardOptions, requests, rows: int, uniform
     policy = policy_of(options, allocated, device)
     causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
     causal_mask = masks.token_causal(length, device)
-    run = Run(model, options, batch, engine, policy, judge, causal_mask=causal_mask, causal_rows=causal_rows)
-    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), judge)
+    run = Run(model, options, batch, engine, policy, accept_rule, causal_mask=causal_mask, causal_rows=causal_rows)
+    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), accept_rule)
     run.phase = engine.phases_for(constants, [run, batch, source, policy])
     return run
 
@@ -174,14 +176,14 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     cache before the drafts look.
     """
     batch, length = run.batch, run.batch.block_length
-    riders = [i for i in rows if batch.rows[i].uncommitted]
-    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(riders) if riders else None
-    ride, reach = (run.cache.indices(riders), run.cache.indices(ahead)) if riders else (None, None)
+    commit_rows = [i for i in rows if batch.rows[i].uncommitted]
+    ahead = [length if batch.rows[i].uncommitted else 0 for i in rows] + [0] * len(commit_rows) if commit_rows else None
+    ride, reach = (run.cache.indices(commit_rows), run.cache.indices(ahead)) if commit_rows else (None, None)
     view = run.phase(draft_inputs, run, batch.index(rows), ride, reach)
-    logits = run.forward("draft", rows + riders, view.staged, length, ahead=ahead)
-    for i in riders:
+    logits = run.forward("draft", rows + commit_rows, view.staged, length, ahead=ahead)
+    for i in commit_rows:
         batch.rows[i].uncommitted = False
-    run.cache.commit([length] * len(riders), riders)
+    run.cache.commit([length] * len(commit_rows), commit_rows)
     return run.phase(drafted, run, view, logits)
 
 
@@ -199,7 +201,7 @@ def draft_inputs(run: Run, index: Tensor, ride: Tensor | None, ahead: Tensor | N
         if options.draft_ver or options.cache_ver:
             mask = torch.cat([masks.causal_until(first_masked, length), commit_mask(run, ride)])
     run.causal_rows[index] = first_masked
-    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, leading=len(index)))
+    staged = run.engine.stage(Inputs(ids, positions, entries, mask, ahead, logit_rows=len(index)))
     return View(index, block, masked, staged)
 
 
@@ -210,7 +212,7 @@ def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]
 
 
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
-    """What the step writes: the verified prefix, then the rest of its quota by the unmasking rule. Returns what `Batch.settle` reads."""
+    """What the step writes: the verified prefix, then the rest of its quota by the unmasking rule. Returns what `Batch.finish_step` reads."""
     choice, reach, finite = judged(run, draft, verified, span_verdict)
     everyone = verified is not None and verified.index is None
     if not everyone or not run.batch.one_token_is_enough:  # a verified row has gained one already

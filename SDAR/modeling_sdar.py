@@ -147,14 +147,14 @@ class SDARForCausalLM(CheckpointModel):
         local_mask: Tensor | None = None,
         *,
         logits_at: slice | Tensor | None = None,
-        leading: int | None = None,
+        logit_rows: int | None = None,
     ) -> Tensor:
         """Logits ``[B, T, V]`` for ``input_ids [B, T]`` at ``position_ids [B, T]``; row ``t`` predicts the token at its own position.
 
         ``cache``: the `Window` this forward writes to and reads from (None: the tokens see only each other).
         ``local_mask``: None (all T see each other), bool ``[T, T]`` or ``[B, T, T]`` (True = may attend), or additive float (reference
         backend only). ``logits_at`` limits which positions reach the head: a slice of T, or indices ``[B, K]`` -> ``[B, K, V]``.
-        ``leading``: only this many first entries of the batch reach it (default: all).
+        ``logit_rows``: only this many first entries of the batch reach it (default: all).
         """
         x = self.model.embed_tokens(input_ids)
         rope = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -168,7 +168,7 @@ class SDARForCausalLM(CheckpointModel):
             )
         for layer in self.model.layers:
             x = layer(x, rope, cache, mask, self.backend)
-        x = x[:leading]
+        x = x[:logit_rows]
         if isinstance(logits_at, slice):
             x = x[:, logits_at]
         elif logits_at is not None:

@@ -71,7 +71,7 @@ class Reference(reference.Reference):
 
     def forward(self, ids: list[int], positions: list[int], seen: Tensor, rows: slice) -> Tensor:
         logits = self.model(torch.tensor([ids]), torch.tensor([positions]), None, seen)
-        return self.rule_out(logits[0, rows])
+        return self.suppress_mask(logits[0, rows])
 
     def block(self, start: int, prompt_length: int) -> bool:
         """Decode ``x[start : start + L]``. True if the last step's verify forward saw the block as it is now."""

@@ -39,14 +39,14 @@ from shared.network import masks
 from shared.network.loading import resolve_device, resolve_dtype
 from shared.options import Runtime
 from shared.output import Output
-from shared.policy.accept import Verdict, judge
+from shared.policy.accept import Verdict, accept_span
 
 
 def scripted(accept: int) -> Callable[..., Verdict]:
     """An acceptance rule that runs the real one and then keeps the first ``accept`` tokens of the span, replacing the next."""
 
     def rule(draft, logits: Tensor, *rest) -> Verdict:
-        real = judge(draft, logits, *rest)
+        real = accept_span(draft, logits, *rest)
         place = draft.span.cumsum(-1)
         accepted, rejected = draft.span & (place <= accept), draft.span & (place == accept + 1)
         return Verdict(accepted, rejected, draft.tokens, real.ratio, real.finite)
@@ -67,8 +67,8 @@ class Forwards:
         cache, device, tokens = self.engine.cache, self.model.device, kind.tokens
         cache.reset(range(len(cache.lengths)))
         cache.commit([self.context] * rows, range(rows))
-        index = list(range(rows)) * (2 if kind.riders else 1)
-        ahead = [tokens] * rows + [0] * rows if kind.riders else None
+        index = list(range(rows)) * (2 if kind.commit_rows else 1)
+        ahead = [tokens] * rows + [0] * rows if kind.commit_rows else None
         window = cache.window(tokens, index, ahead=ahead, offset=kind.offset, width=kind.width)
         inputs = [torch.randint(vocabulary(self.model), (len(index), tokens), device=device) for _ in range(8)]
         positions = (window.prefix[:, None] + kind.offset + torch.arange(tokens, device=device)).clamp(
@@ -76,7 +76,7 @@ class Forwards:
         )
         at = None if kind.picks is None else torch.tensor(list(kind.picks), device=device).expand(rows, -1)
         local = None if kind.mask is None else kind.mask.expand(len(index), -1, -1)
-        how, turn = {"leading": rows, "logits_at": at}, iter(range(1 << 30))
+        how, turn = {"logit_rows": rows, "logits_at": at}, iter(range(1 << 30))
         seconds = timed(lambda: self.engine.forward(inputs[next(turn) % 8], positions, window, local, **how), device)
         touched = touched_experts(self.model, [partial(self.model, i, positions, window, local, **how) for i in inputs])
         work = forward_work(
@@ -88,7 +88,9 @@ class Forwards:
             rows=rows,
             touched=touched,
         )
-        self.add(f"{kind.name}, {rows} x {tokens} tokens" + (" twice" if kind.riders else ""), seconds, work, touched)
+        self.add(
+            f"{kind.name}, {rows} x {tokens} tokens" + (" twice" if kind.commit_rows else ""), seconds, work, touched
+        )
         return seconds
 
     def prefill(self, tokens: int) -> None:
@@ -135,7 +137,7 @@ def prompts_of(model, rows: int, context: int) -> list[list[int]]:
 
 def seconds_in_graphs(runner: GraphRunner, replays: Counter, device) -> float:
     """What ``replays`` of a decode took: each shape timed on the inputs it was given last, times how often it was replayed."""
-    seconds = {shape: timed(lambda shape=shape: runner.replay(shape, shape.leading), device) for shape in replays}
+    seconds = {shape: timed(lambda shape=shape: runner.replay(shape, shape.logit_rows), device) for shape in replays}
     return sum(count * seconds[shape] for shape, count in replays.items())
 
 
@@ -320,7 +322,7 @@ def measure_forwards(model, subject: Subject, machine: Machine, args) -> tuple[E
 def measure_decodes(model, subject: Subject, times: dict, args) -> list[dict]:
     """Plain decoding and S2D2 at every batch size, and what they are to be compared with."""
     plain, s2d2 = subject.plain_generate, subject.speculative_generate
-    rule = {"judge": scripted(args.accept)} if args.accept is not None else {}
+    rule = {"accept_rule": scripted(args.accept)} if args.accept is not None else {}
     label = f"S2D2, {args.accept} accepted by script" if rule else "S2D2"
     decodes = []
     for rows in args.batch:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from shared.options import Estimation
-from shared.policy.accept import Verdict, judge
+from shared.policy.accept import Verdict, accept_span
 from shared.policy.acceptance import ESTIMATORS
 from shared.policy.draft import Draft
 from shared.trace import How
@@ -51,14 +51,14 @@ def of_unverified(record: dict, baseline: list[int]) -> list[tuple[float, bool]]
 
 
 class Recorder:
-    """A `shared.policy.accept.judge` that also asks every acceptance estimator about the drafts it judges; ``bins`` by estimator."""
+    """A `shared.policy.accept.accept_span` that also asks every acceptance estimator about the drafts it judges; ``bins`` by estimator."""
 
     def __init__(self):
         self.options = Estimation()
         self.bins: dict[str, list[list[float]]] = {}
 
     def __call__(self, draft: Draft, logits, queries, options, sampling, uniforms) -> Verdict:
-        verdict = judge(draft, logits, queries, options, sampling, uniforms)
+        verdict = accept_span(draft, logits, queries, options, sampling, uniforms)
         judged = verdict.accepted | verdict.rejected
         weights, confidence = draft.log_weights[judged], draft.confidence[judged]
         true = verdict.accepted[judged].tolist()

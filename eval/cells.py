@@ -102,10 +102,10 @@ class Bench:
     def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
         """Bins of every acceptance estimator on this process's share, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
         self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
-        self.lm.judge = recorder = calibration.Recorder()
+        self.lm.accept_rule = recorder = calibration.Recorder()
         self.lm.keep(None, resume=False)
         self._evaluate(asked, self.grid.calibrate)
-        self.lm.judge = None
+        self.lm.accept_rule = None
         return recorder.bins
 
     def _replay(self, record: dict, samples: list[dict], doc: int) -> dict:

@@ -73,7 +73,7 @@ class DraftAndVerifyLM(TemplateLM):
         self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
         self.pretrained = str(pretrained)
         self._traces = bool(traces)
-        self.judge = None  # replaces `shared.policy.accept.judge`, to look on while it decides
+        self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
         self._store = Store(None, self._rank, resume=False)
         self.keep(predictions, bool(resume))
 
@@ -208,7 +208,7 @@ class DraftAndVerifyLM(TemplateLM):
         by_number = dict(zip(numbers, keys, strict=True))
         output = self._decoder.generate(
             self.model, prompts, options, tokenizer=self.tokenizer, batch_size=min(self.batch_size, len(prompts)),
-            seed=self._seed, requests=numbers, stop=stop, **({"judge": self.judge} if self.judge else {}),
+            seed=self._seed, requests=numbers, stop=stop, **({"accept_rule": self.accept_rule} if self.accept_rule else {}),
             on_finish=lambda completion: keep(by_number[completion.request], self._record(completion)),
         )  # fmt: skip
         self.lossless = (output.lossless, output.lossless_reason)

@@ -38,14 +38,14 @@ SHAPES = {
 class Kind:
     """One forward of an entry: ``tokens`` of them under ``mask [tokens, width]``, logits of the rows ``picks`` (None: all).
 
-    ``riders``: as many entries commit the block before. ``offset`` and ``width`` place it in a window that is not plain.
+    ``commit_rows``: as many entries commit the block before. ``offset`` and ``width`` place it in a window that is not plain.
     """
 
     name: str
     tokens: int
     mask: Tensor | None = None
     picks: Sequence[int] | None = None
-    riders: bool = False
+    commit_rows: bool = False
     offset: int = 0
     width: int | None = None
 
@@ -81,7 +81,7 @@ def two_copy_kinds(length: int, device: torch.device) -> list[Kind]:
     return [
         Kind("draft", length),
         Kind("verify", 2 * length, masks.two_copy_verify(length, device), range(length, 2 * length)),
-        Kind("draft and commit", length, riders=True),
+        Kind("draft and commit", length, commit_rows=True),
     ]
 
 

@@ -127,12 +127,12 @@ def riders_are_seen(model, fast: FastForward, tokens: int):
     positions = torch.arange(tokens, device=DEVICE) + torch.tensor([[60], [40 + tokens], [40]], device=DEVICE)
     window = cache.window(tokens, [2, 1, 1], ahead=[0, tokens, 0])
     mask = torch.stack([torch.ones(tokens, tokens, dtype=torch.bool)] * 2 + [token_causal(tokens)]).to(DEVICE)
-    got = run(fast, ids, positions, window, mask, leading=2)
+    got = run(fast, ids, positions, window, mask, logit_rows=2)
     fast(ids[2:], positions[2:], cache, window.row_index[2:], window.prefix[2:], mask[2:])
     want = fast(ids[:2], positions[:2], cache, window.row_index[:2], window.prefix[:2])
     assert got.shape == want.shape
     assert error(got, want) <= 1e-5
-    assert error(model(ids, positions, window, mask, leading=2), want) <= 1e-5
+    assert error(model(ids, positions, window, mask, logit_rows=2), want) <= 1e-5
 
 
 # (rows, tokens, picks, place): each of these is captured at 1, 2 and 3 rows.

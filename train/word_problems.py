@@ -7,7 +7,7 @@
     #### 60
 
 A story is a number and a list of events that change it. Everything in the solution follows from the prompt except its
-style (worded or terse, `TERSE` of them terse), which the first tokens settle.
+style (worded or terse, `TERSE` of them terse), which the first tokens finish_step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rows are independent: each has its own prompt length, block and step. A row that finishes is free for the next waiting prompt, so a long
 list of prompts keeps a batch full. Everything a step touches lives on the device; the host keeps only what it decides itself
-(block starts, step counts, forwards) and reads the device once a step, for `Batch.settle`.
+(block starts, step counts, forwards) and reads the device once a step, for `Batch.finish_step`.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Batch:
         return self.schedule[step % self.steps], step >= self.steps
 
     def record(self, draft: Draft, choice: Choice, reach: Tensor, finite: Tensor) -> Tensor:
-        """Write the step's choice into canvas and trace; returns what `settle` has to know, ``[b, 4]``. No host read.
+        """Write the step's choice into canvas and trace; returns what `finish_step` has to know, ``[b, 4]``. No host read.
 
         ``reach [b]``: how many tokens of the drafted block the verifier saw (0: not verified). ``finite [b]``: were the verifier's logits numbers?
         """
@@ -213,7 +213,7 @@ class Batch:
         """``[b]``: positions still to be decided before a block is finished. ``block, stops [b, L]``: ids after this step, generated stop tokens."""
         return (block == self.mask_id).sum(-1)
 
-    def settle(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
+    def finish_step(self, rows: Sequence[int], read: list[list[int]]) -> list[Finished]:
         """Count the step of every row, and find those whose block is finished, from what `record` returned."""
         finished = []
         for i, (left, stop, broken, verified_to) in zip(rows, read, strict=True):

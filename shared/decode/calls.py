@@ -16,7 +16,7 @@ CALL_KEYWORDS = (
     "stop",
     "on_block",
     "on_finish",
-    "judge",
+    "accept_rule",
 )
 
 

@@ -90,7 +90,7 @@ class Reference:
         """Are drafts drawn?"""
         return self.sampling.temperature >= GREEDY_BELOW
 
-    def rule_out(self, logits: Tensor) -> Tensor:
+    def suppress_mask(self, logits: Tensor) -> Tensor:
         """``logits [..., V]`` in float32, without the mask token unless the options allow it."""
         logits = logits.float()
         if self.sampling.suppress_mask:

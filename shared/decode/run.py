@@ -26,7 +26,7 @@ from shared.network import masks
 from shared.network.kv_cache import BlockCache
 from shared.options import Acceptance, Cache
 from shared.output import Completion, Lossless, Output
-from shared.policy.accept import Verdict, judge, take_confident, verified_choice
+from shared.policy.accept import Verdict, accept_span, take_confident, verified_choice
 from shared.policy.draft import Choice, Draft
 from shared.policy.routing import Never, Policy, make_policy
 from shared.policy.sampling import GREEDY_BELOW, sample
@@ -57,7 +57,7 @@ class Run:
     batch: Batch
     engine: Engine
     policy: Policy
-    judge: Callable[..., Verdict]
+    accept_rule: Callable[..., Verdict]
     phase: Callable = call  # runs a function of device tensors, as a graph where that is possible
     prefill_seconds: float = 0.0
 
@@ -80,7 +80,7 @@ class Run:
         return outside or not self.options.savings.short_verify
 
     def forward(self, kind: str, rows: Sequence[int], staged: Inputs | Staged, tokens: int, **place) -> Tensor:
-        """One pass over ``tokens`` tokens an entry, which belong to ``rows``; ``place``: see `BlockCache.window`. The mask token is ruled out by `rule_out`."""
+        """One pass over ``tokens`` tokens an entry, which belong to ``rows``; ``place``: see `BlockCache.window`. The mask token is ruled out by `suppress_mask`."""
         self.batch.count(kind, set(rows), tokens * len(rows))
         return self.engine.run(staged, self.cache.window(tokens, rows, **place))
 
@@ -92,7 +92,7 @@ class Run:
         positions, mask = self.batch.positions(index).repeat(1, 2), masks.two_copy_verify(length, ids.device)
         return self.model(ids, positions, self.cache.window(2 * length, rows), mask)
 
-    def rule_out(self, logits: Tensor) -> Tensor:
+    def suppress_mask(self, logits: Tensor) -> Tensor:
         """The logits without the mask token, unless the options allow it."""
         if self.options.sampling.suppress_mask:
             logits[..., self.batch.mask_id] = float("-inf")
@@ -130,7 +130,7 @@ class View:
 def draft_of(run: Run, view: View, logits: Tensor) -> Draft:
     """A token and its confidence at every position of the block."""
     batch, sampling, length = run.batch, run.options.sampling, run.batch.block_length
-    logits, uniform = run.rule_out(logits), None
+    logits, uniform = run.suppress_mask(logits), None
     if sampling.temperature >= GREEDY_BELOW:
         uniform = batch.uniforms.take(view.index, length, length)
     tokens, confidence = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p)
@@ -189,19 +189,19 @@ def judged(run: Run, draft: Draft, verified: Verified | None, verdict_on: Callab
 
 def span_verdict(run: Run, draft: Draft, verified: Verified) -> Judged:
     """What `verify_spans` decides for a draft all of whose rows were verified."""
-    options, logits = run.options, run.rule_out(verified.logits)
-    verdict = run.judge(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
+    options, logits = run.options, run.suppress_mask(verified.logits)
+    verdict = run.accept_rule(draft, logits, verified.queries, options.acceptance, options.sampling, run.batch.uniforms)
     short = options.savings.short_verify
     reach = draft.first_masked + draft.span_length if short else torch.full_like(draft.rows, run.batch.block_length)
     return verified_choice(draft, verdict, options.acceptance), reach, verdict.finite
 
 
-def settle(
+def finish_step(
     run: Run, rows: list[int], draft: Draft, verified: Verified | None, decided: Callable[..., Tensor]
 ) -> list[Finished]:
     """Decide the step by the phase ``decided(run, draft, verified)``, and read which blocks are finished."""
     with naming_the_layer(run, rows):
-        return run.batch.settle(rows, run.phase(decided, run, draft, verified).tolist())
+        return run.batch.finish_step(rows, run.phase(decided, run, draft, verified).tolist())
 
 
 @contextmanager
@@ -259,9 +259,7 @@ def commit(
     batch.advance([f.row for f in finished if not f.last])
 
 
-def hand_over(
-    run: Run, rows: Sequence[int], stops: StopStrings, done: dict[int, Completion], blocks, on_finish
-) -> None:
+def emit(run: Run, rows: Sequence[int], stops: StopStrings, done: dict[int, Completion], blocks, on_finish) -> None:
     """Take the finished texts of ``rows`` off the batch, into ``done`` by the place of their prompts."""
     for i in rows:
         position = run.batch.rows[i].position
@@ -272,7 +270,7 @@ def hand_over(
 
 def output_of(run: Run, done: dict[int, Completion], began: float, lossless: Lossless) -> Output:
     """What a decode that began at ``began`` returns."""
-    if run.judge is not judge:
+    if run.accept_rule is not accept_span:
         lossless = Lossless(False, "acceptance is by a script")
     return Output(
         [done[k] for k in sorted(done)],

@@ -32,7 +32,7 @@ class Inputs:
     mask: Tensor | None = None
     ahead: Tensor | None = None
     logits_at: Tensor | None = None
-    leading: int | None = None
+    logit_rows: int | None = None
     offset: Tensor | None = None
     width: int = 0
 
@@ -42,7 +42,7 @@ class Staged:
     """Inputs that lie where a graph will read them."""
 
     shape: Shape
-    leading: int
+    logit_rows: int
 
 
 class Engine:
@@ -133,14 +133,16 @@ class Engine:
     def shapes(self, rows: int) -> list[Shape]:
         """The engine's kinds, or drafts, drafts with commits riding along, and verifies, at every batch size worth a graph."""
         if self.kinds is not None:
-            return [replace(kind, leading=b) for kind in self.kinds for b in sizes(rows)]
+            return [replace(kind, logit_rows=b) for kind in self.kinds for b in sizes(rows)]
         length = self.block_length
-        drafts = [Shape(b, length, riders=r, lasting=True) for b in sizes(rows) for r in [0, *sizes(b)]]
+        drafts = [Shape(b, length, commit_rows=r, lasting=True) for b in sizes(rows) for r in [0, *sizes(b)]]
         verifies = [Shape(b, length + q, picks=q) for b in sizes(rows) for q in self._query_sizes()]
         return drafts + verifies
 
-    def _fast_forward(self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading, **moved) -> Tensor:
-        how = {"leading": leading, "logits_at": logits_at, **moved}
+    def _fast_forward(
+        self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows, **moved
+    ) -> Tensor:
+        how = {"logit_rows": logit_rows, "logits_at": logits_at, **moved}
         return self.fast(input_ids, position_ids, self.cache, rows, prefixes, local_mask, **how)
 
     def forward(
@@ -150,40 +152,40 @@ class Engine:
         window: Window,
         local_mask: Tensor | None,
         *,
-        leading: int | None = None,
+        logit_rows: int | None = None,
         logits_at: slice | Tensor | None = None,
     ) -> Tensor:
-        """Logits ``[leading, T, V]``, or of the positions ``logits_at``; only the ``leading`` first entries get any (default: all).
+        """Logits ``[logit_rows, T, V]``, or of the positions ``logits_at``; only the ``logit_rows`` first entries get any (default: all).
 
         They may live in a graph's memory: what must outlast the next forward has to be copied. A ``local_mask`` that is not bool is added to the scores,
         which the plain network alone can do.
         """
-        leading = len(input_ids) if leading is None else leading
+        logit_rows = len(input_ids) if logit_rows is None else logit_rows
         added = local_mask is not None and local_mask.dtype != torch.bool
         if self.fast is None or added:
-            return self.model(input_ids, position_ids, window, local_mask, leading=leading, logits_at=logits_at)
+            return self.model(input_ids, position_ids, window, local_mask, logit_rows=logit_rows, logits_at=logits_at)
         call = self._fast_forward if self.runner is None else self.runner
         picked = logits_at
         if isinstance(logits_at, slice):
-            picked = torch.arange(input_ids.shape[1], device=input_ids.device)[logits_at].expand(leading, -1)
+            picked = torch.arange(input_ids.shape[1], device=input_ids.device)[logits_at].expand(logit_rows, -1)
         moved = {} if window.plain else {"offsets": window.offset, "width": window.width}
-        return call(input_ids, position_ids, window.row_index, window.prefix, local_mask, picked, leading, **moved)
+        return call(input_ids, position_ids, window.row_index, window.prefix, local_mask, picked, logit_rows, **moved)
 
     def stage(self, inputs: Inputs) -> Inputs | Staged:
         """Put the inputs of a forward where its graph reads them. No host read: a phase may end with this."""
         if self.runner is None or (inputs.mask is not None and inputs.mask.dtype != torch.bool):
             return inputs
-        leading = len(inputs.ids) if inputs.leading is None else inputs.leading
+        logit_rows = len(inputs.ids) if inputs.logit_rows is None else inputs.logit_rows
         prefix = self.cache.length[inputs.rows]
         prefix = prefix if inputs.ahead is None else prefix + inputs.ahead
         moved = {} if inputs.offset is None else {"offsets": inputs.offset, "width": inputs.width}
         place = (inputs.ids, inputs.positions, inputs.rows, prefix)
-        shape = self.runner.stage(*place, inputs.mask, inputs.logits_at, leading, **moved)
-        return inputs if shape is None else Staged(shape, leading)
+        shape = self.runner.stage(*place, inputs.mask, inputs.logits_at, logit_rows, **moved)
+        return inputs if shape is None else Staged(shape, logit_rows)
 
     def run(self, staged: Inputs | Staged, window: Window) -> Tensor:
         """The logits of `forward` for inputs that have been through `stage`; ``window`` is their place in the cache."""
         if isinstance(staged, Staged):
-            return self.runner.replay(staged.shape, staged.leading)
-        how = {"leading": staged.leading, "logits_at": staged.logits_at}
+            return self.runner.replay(staged.shape, staged.logit_rows)
+        how = {"logit_rows": staged.logit_rows, "logits_at": staged.logits_at}
         return self.forward(staged.ids, staged.positions, window, staged.mask, **how)

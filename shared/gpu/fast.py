@@ -106,7 +106,7 @@ class _Call:
     places: list[ops.Place]
     mask: Tensor | None
     logits_at: Tensor | None
-    leading: int
+    logit_rows: int
 
 
 class FastForward:
@@ -209,34 +209,36 @@ class FastForward:
         prefixes: Tensor,
         local_mask: Tensor | None = None,
         *,
-        leading: int | None = None,
+        logit_rows: int | None = None,
         logits_at: slice | Tensor | None = None,
         offsets: Tensor | None = None,
         width: int = 0,
     ) -> Tensor:
-        """Logits ``[leading, T, V]`` (or ``[leading, P, V]``) of ``input_ids [b, T]`` at ``position_ids [b, T]``.
+        """Logits ``[logit_rows, T, V]`` (or ``[logit_rows, P, V]``) of ``input_ids [b, T]`` at ``position_ids [b, T]``.
 
         Entry ``i`` belongs to cache row ``rows[i]`` (on the device; -1 is padding: nothing is written and the logits mean nothing). It writes at
         ``[prefixes[i], prefixes[i] + T)`` and attends to ``[0, prefixes[i])`` and to its own tokens under ``local_mask`` (bool ``[T, T]`` or
         ``[b, T, T]``; None: all see all). With ``offsets [b]`` it writes that much further on and attends to the ``width`` slots from its prefix
-        on, under ``local_mask [T, width]`` (or ``[b, T, width]``): a `Window` that is not plain. Only the ``leading`` first entries (default: all) get
-        logits; in every layer the others write before the leading ones look, so a leading entry's prefix may reach over what another entry of
+        on, under ``local_mask [T, width]`` (or ``[b, T, width]``): a `Window` that is not plain. Only the ``logit_rows`` first entries (default: all) get
+        logits; in every layer the others write before the logit_rows ones look, so a logit_rows entry's prefix may reach over what another entry of
         its row is writing. The caller keeps every write within the cache and every position below ``max_position_embeddings``.
-        ``logits_at``: a slice of T or indices ``[leading, P]``.
+        ``logits_at``: a slice of T or indices ``[logit_rows, P]``.
         """
         batch, tokens = input_ids.shape
-        leading = batch if leading is None else leading
+        logit_rows = batch if logit_rows is None else logit_rows
         if isinstance(logits_at, slice):
-            logits_at = torch.arange(tokens, device=input_ids.device)[logits_at].expand(leading, -1)
+            logits_at = torch.arange(tokens, device=input_ids.device)[logits_at].expand(logit_rows, -1)
         logits_at = None if logits_at is None else logits_at.contiguous()
         stores = zip(cache.keys, cache.values, strict=True)
         places = [ops.Place(keys, values, prefixes, rows, offsets, width) for keys, values in stores]
-        call = _Call(input_ids, position_ids.contiguous(), places, local_mask, logits_at, leading)
-        wanted = leading * tokens if logits_at is None else logits_at.numel()
+        call = _Call(input_ids, position_ids.contiguous(), places, local_mask, logits_at, logit_rows)
+        wanted = logit_rows * tokens if logits_at is None else logits_at.numel()
         narrow = max(batch * tokens, wanted) <= ops.NARROW_TOKENS
         with on_device(input_ids.device):
             logits = (self._narrow if narrow else self._wide)(call)
-        return logits.view(leading, tokens if logits_at is None else logits_at.shape[1], self.model.config.vocab_size)
+        return logits.view(
+            logit_rows, tokens if logits_at is None else logits_at.shape[1], self.model.config.vocab_size
+        )
 
     def product(
         self, x: Tensor, weight: Tensor, out: Tensor, *, plan: ops.Plan | None = None, tokens: int | None = None, **how
@@ -257,7 +259,7 @@ class FastForward:
             between = ops.Norm(layer.between, normed)
             self.product(attended, layer.out, x, bias=layer.out_bias, residual=between)
             normed = layer.mlp.narrow(self, x, normed, layer.after)
-        wanted = call.leading * call.input_ids.shape[1] if call.logits_at is None else call.logits_at.numel()
+        wanted = call.logit_rows * call.input_ids.shape[1] if call.logits_at is None else call.logits_at.numel()
         logits = head.new_empty(wanted, head.shape[0])
         if not wanted:
             return logits
@@ -277,9 +279,9 @@ class FastForward:
             attended = self._attend_wide(qkv, call, place, layer.qk_norm, extents)
             normed = ops.add_rms_norm(x, F.linear(attended, layer.out, layer.out_bias), layer.between, **step)
             normed = layer.mlp.wide(self, x, normed, layer.after)
-        normed = normed[: call.leading * tokens]
+        normed = normed[: call.logit_rows * tokens]
         if call.logits_at is not None:
-            row_start = torch.arange(call.leading, device=x.device)[:, None] * tokens
+            row_start = torch.arange(call.logit_rows, device=x.device)[:, None] * tokens
             normed = normed[(row_start + call.logits_at).reshape(-1)]
         return self.model.lm_head(normed)
 
@@ -291,10 +293,10 @@ class FastForward:
         return ops.attend_long(qkv, place, self.heads, batch, call.mask, extents)
 
     def _attend_split(self, qkv: Tensor, call: _Call, place: ops.Place, norm: ops.QKNorm) -> Tensor:
-        """The entries after the leading ones go first: what they write may lie in a leading entry's prefix."""
+        """The entries after the logit_rows ones go first: what they write may lie in a logit_rows entry's prefix."""
         batch, tokens = call.positions.shape
         out = qkv.new_empty(batch * tokens, self.heads.query * self.heads.dim)
-        for first, last in ((call.leading, batch), (0, call.leading)):
+        for first, last in ((call.logit_rows, batch), (0, call.logit_rows)):
             if first < last:
                 part, flat = slice(first, last), slice(first * tokens, last * tokens)
                 mask = call.mask if call.mask is None or call.mask.dim() == 2 else call.mask[part]

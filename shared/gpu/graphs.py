@@ -1,7 +1,7 @@
 """CUDA graphs of a forward: captured once per shape, replayed with new inputs.
 
 The runner wraps a forward and never a loop. It knows no family: a forward is any
-``forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading) -> logits`` that reads nothing back to the host and writes
+``forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows) -> logits`` that reads nothing back to the host and writes
 nothing for a row index of -1; for windows that are not plain it is given ``offsets`` and ``width`` too. Shapes that were not captured run
 eagerly, in the same line.
 """
@@ -24,22 +24,22 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One graph: ``leading`` entries that get logits and ``riders`` that only write, of ``tokens`` tokens each; ``picks`` logits an entry (0: all).
+    """One graph: ``logit_rows`` entries that get logits and ``commit_rows`` that only write, of ``tokens`` tokens each; ``picks`` logits an entry (0: all).
 
     ``width``: local slots of a window that is not plain (0: plain). ``lasting``: its logits outlast replays of shapes that are not lasting.
     """
 
-    leading: int
+    logit_rows: int
     tokens: int
     picks: int = 0
-    riders: int = 0
+    commit_rows: int = 0
     width: int = 0
     lasting: bool = field(default=False, compare=False)
 
     @property
     def logits(self) -> int:
         """Positions that get logits."""
-        return self.leading * (self.picks or self.tokens)
+        return self.logit_rows * (self.picks or self.tokens)
 
 
 def best_fit(shapes: Iterable[Shape], wanted: Shape) -> Shape | None:
@@ -48,10 +48,10 @@ def best_fit(shapes: Iterable[Shape], wanted: Shape) -> Shape | None:
         s
         for s in shapes
         if (s.tokens, s.picks, s.width) == (wanted.tokens, wanted.picks, wanted.width)
-        and s.leading >= wanted.leading
-        and s.riders >= wanted.riders
+        and s.logit_rows >= wanted.logit_rows
+        and s.commit_rows >= wanted.commit_rows
     ]
-    return min(able, key=lambda s: (s.leading + s.riders, s.riders), default=None)
+    return min(able, key=lambda s: (s.logit_rows + s.commit_rows, s.commit_rows), default=None)
 
 
 def sizes(most: int) -> list[int]:
@@ -112,12 +112,12 @@ class GraphRunner:
         began = time.perf_counter()
         missing = set(shapes) - set(self.captured)
         with on_device(self.device):
-            for shape in sorted(missing, key=lambda s: (s.logits, s.riders, s.tokens), reverse=True):
+            for shape in sorted(missing, key=lambda s: (s.logits, s.commit_rows, s.tokens), reverse=True):
                 self.captured[shape] = self._capture(shape)
         self.seconds += time.perf_counter() - began
 
     def _capture(self, shape: Shape) -> _Captured:
-        inputs, fixed = self._buffers(shape), {"leading": shape.leading}
+        inputs, fixed = self._buffers(shape), {"logit_rows": shape.logit_rows}
         if shape.width:
             fixed["width"] = shape.width
         stream = _stream(torch.cuda.current_device(), "warm up")
@@ -145,14 +145,14 @@ class GraphRunner:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.long, device=self.device)
 
-        b, t = shape.leading + shape.riders, shape.tokens
+        b, t = shape.logit_rows + shape.commit_rows, shape.tokens
         buffers = {
             "input_ids": zeros(b, t),
             "position_ids": zeros(b, t),
             "rows": zeros(b) - 1,
             "prefixes": zeros(b),
             "local_mask": torch.ones(b, t, shape.width or t, dtype=torch.bool, device=self.device),
-            "logits_at": zeros(shape.leading, shape.picks) if shape.picks else None,
+            "logits_at": zeros(shape.logit_rows, shape.picks) if shape.picks else None,
         }
         return buffers | {"offsets": zeros(b)} if shape.width else buffers
 
@@ -165,25 +165,25 @@ class GraphRunner:
         prefixes: Tensor,
         local_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
-        leading: int | None = None,
+        logit_rows: int | None = None,
         **moved,
     ) -> Tensor:
-        """Logits ``[leading, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``leading`` first entries get logits (default: all).
+        """Logits ``[logit_rows, T or picks, V]``. ``rows [b]`` index the cache (-1: padding); ``logit_rows`` first entries get logits (default: all).
 
         ``moved``: nothing, or the ``offsets [b]`` and ``width`` of a window that is not plain.
         """
-        leading = len(input_ids) if leading is None else leading
-        inputs = (input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading)
+        logit_rows = len(input_ids) if logit_rows is None else logit_rows
+        inputs = (input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows)
         shape = self.stage(*inputs, **moved)
-        return self.forward(*inputs, **moved) if shape is None else self.replay(shape, leading)
+        return self.forward(*inputs, **moved) if shape is None else self.replay(shape, logit_rows)
 
     def stage(
-        self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading: int, **moved
+        self, input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows: int, **moved
     ) -> Shape | None:
         """Copy the inputs of a forward to the smallest graph that can run it; None, and nothing copied, where none can. No host read."""
         batch, tokens = input_ids.shape
         picks = 0 if logits_at is None else logits_at.shape[1]
-        shape = best_fit(self.captured, Shape(leading, tokens, picks, batch - leading, moved.get("width", 0)))
+        shape = best_fit(self.captured, Shape(logit_rows, tokens, picks, batch - logit_rows, moved.get("width", 0)))
         if shape is None:
             return None
         buffers = self.captured[shape].inputs
@@ -192,20 +192,23 @@ class GraphRunner:
         if moved:
             given["offsets"] = moved["offsets"]
         for name, value in given.items():
-            _put(buffers[name], value, batch, leading, shape)
+            _put(buffers[name], value, batch, logit_rows, shape)
         if shape.picks:
-            buffers["logits_at"][:leading] = logits_at
-        for padding in (buffers["rows"][leading : shape.leading], buffers["rows"][shape.leading + batch - leading :]):
+            buffers["logits_at"][:logit_rows] = logits_at
+        for padding in (
+            buffers["rows"][logit_rows : shape.logit_rows],
+            buffers["rows"][shape.logit_rows + batch - logit_rows :],
+        ):
             if len(padding):
                 padding.fill_(-1)
         return shape
 
-    def replay(self, shape: Shape, leading: int) -> Tensor:
-        """Run the graph whose inputs have been staged; logits of its ``leading`` first entries."""
+    def replay(self, shape: Shape, logit_rows: int) -> Tensor:
+        """Run the graph whose inputs have been staged; logits of its ``logit_rows`` first entries."""
         captured = self.captured[shape]
         self.replays[shape] += 1
         captured.graph.replay()
-        return captured.logits[:leading]
+        return captured.logits[:logit_rows]
 
     def close(self) -> None:
         """Give the memory of all graphs back."""
@@ -217,11 +220,11 @@ class GraphRunner:
         return any(tensor.data_ptr() == logits.data_ptr() for logits in self._logits.values())
 
 
-def _put(buffer: Tensor, value: Tensor | bool, batch: int, leading: int, shape: Shape) -> None:
-    """Copy the ``batch`` entries of ``value`` to where ``shape`` has its leading entries and its riders."""
-    if leading == shape.leading or isinstance(value, bool):
+def _put(buffer: Tensor, value: Tensor | bool, batch: int, logit_rows: int, shape: Shape) -> None:
+    """Copy the ``batch`` entries of ``value`` to where ``shape`` has its logit_rows entries and its commit_rows."""
+    if logit_rows == shape.logit_rows or isinstance(value, bool):
         buffer[:batch] = value
         return
     per_entry = value.expand(batch, *value.shape) if buffer.dim() > value.dim() else value
-    buffer[:leading] = per_entry[:leading]
-    buffer[shape.leading : shape.leading + batch - leading] = per_entry[leading:]
+    buffer[:logit_rows] = per_entry[:logit_rows]
+    buffer[shape.logit_rows : shape.logit_rows + batch - logit_rows] = per_entry[logit_rows:]

@@ -59,7 +59,7 @@ def in_block(values: Tensor, queries: Tensor, length: int) -> Tensor:
     return room.scatter(1, queries, values)[:, :length]
 
 
-def judge(
+def accept_span(
     draft: Draft, verifier_logits: Tensor, queries: Tensor, options: Acceptance, sampling: Sampling, uniforms: Uniforms
 ) -> Verdict:
     """Accept or reject the span of every row.

@@ -80,7 +80,7 @@ def test_scripted_acceptance_counts():
     """Blocks of 8 from position 0, 3 accepted and 1 replaced a step: two steps a block, and the second verify sees 4 tokens."""
     model = SDARForCausalLM.from_pretrained(golden_folder("SDAR") / "model")
     out = generate_ssd_policy.block_diffusion_generate(
-        model, [1] * 8, block_length=8, max_new_tokens=16, stopping_criteria_idx=(), judge=benchmark.scripted(3)
+        model, [1] * 8, block_length=8, max_new_tokens=16, stopping_criteria_idx=(), accept_rule=benchmark.scripted(3)
     )
     trace = out.completions[0].trace
     assert trace.verified_span == [8, 4, 8, 4]
@@ -151,7 +151,7 @@ def test_a_named_shape_has_the_released_sizes(shape, size):
 
 def test_time_in_graphs_is_each_shape_times_its_replays(monkeypatch):
     replayed = []
-    runner = SimpleNamespace(replay=lambda shape, leading: replayed.append((shape, leading)))
+    runner = SimpleNamespace(replay=lambda shape, logit_rows: replayed.append((shape, logit_rows)))
     monkeypatch.setattr(benchmark, "timed", lambda call, device: call() or {16: 0.25, 20: 0.5}[replayed[-1][0].tokens])
     replays = Counter({Shape(1, 16): 4, Shape(2, 20, picks=4): 3})
     assert benchmark.seconds_in_graphs(runner, replays, "cpu") == 4 * 0.25 + 3 * 0.5

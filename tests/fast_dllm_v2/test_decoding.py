@@ -232,7 +232,7 @@ def test_rejecting_everything_is_plain(small, cache, more):
     flat = {**SMALL, "confidence_threshold": 0.3, "small_block_length": small, "max_new_tokens": 13, **cache, **more}
     rejected, never = (
         family().run(
-            "speculative", PROMPTS[::2], {**flat, "do_verify_policy": p}, batch_size=3, judge=reject_everything
+            "speculative", PROMPTS[::2], {**flat, "do_verify_policy": p}, batch_size=3, accept_rule=reject_everything
         )
         for p in ("always", "never")
     )

@@ -182,7 +182,7 @@ def test_a_cached_block_is_the_end_of_a_whole_forward(changed):
         end = s + block
         whole = model(ids[i : i + 1, :end], torch.arange(end)[None], None, block_causal(end, block))
         assert torch.allclose(got[i], whole[0, s:], atol=1e-5)
-    picked = model(blocks, torch.tensor(starts)[:, None] + torch.arange(block), cache.window(block), leading=1)
+    picked = model(blocks, torch.tensor(starts)[:, None] + torch.arange(block), cache.window(block), logit_rows=1)
     assert torch.allclose(picked, got[:1], atol=1e-5)
 
 

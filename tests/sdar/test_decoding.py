@@ -11,7 +11,7 @@ import torch
 from sdar import SDARForCausalLM, generate, generate_ssd_policy, reference
 from sdar.options import PRESETS, Options, StandardOptions
 from shared.errors import UserError
-from shared.policy.accept import judge
+from shared.policy.accept import accept_span
 from tests import family_checks as checks
 
 FOLDER = checks.golden_folder("SDAR")
@@ -300,7 +300,7 @@ def test_lossless_says_why():
     for flag in ({"round_to_blocks": True}, {"trim_stop_tokens": False}):
         assert next(iter(flag)) in run(**exact, **flag).lossless_reason
         assert run(**exact, **flag, block_length=1).lossless
-    scripted = family().run("speculative", [[1, 2]], {**BASE, **exact}, judge=lambda *call: judge(*call))
+    scripted = family().run("speculative", [[1, 2]], {**BASE, **exact}, accept_rule=lambda *call: accept_span(*call))
     assert scripted.lossless_reason == "acceptance is by a script"
     assert family().run("plain", [[1, 2]], {**BASE, "block_length": 1}).lossless
     assert not family().run("plain", [[1, 2]], BASE).lossless

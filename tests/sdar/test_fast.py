@@ -64,20 +64,24 @@ def test_graphs_with_padding_and_riders_stay_near(dtype):
     model = _model(dtype)
     fast, cache = FastSDAR(model), checks.filled(model, [20, 40, 60])
 
-    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading):
-        return fast(input_ids, position_ids, cache, rows, prefixes, local_mask, leading=leading, logits_at=logits_at)
+    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows):
+        return fast(
+            input_ids, position_ids, cache, rows, prefixes, local_mask, logit_rows=logit_rows, logits_at=logits_at
+        )
 
     runner = GraphRunner(forward, DEVICE)
-    runner.capture([Shape(1, 16), Shape(2, 16), Shape(2, 32, picks=16), Shape(8, 16), Shape(4, 16, riders=4)])
-    for tokens, rows, picks, riders in [
+    runner.capture([Shape(1, 16), Shape(2, 16), Shape(2, 32, picks=16), Shape(8, 16), Shape(4, 16, commit_rows=4)])
+    for tokens, rows, picks, commit_rows in [
         (16, [2, 0], 0, 0), (32, [1], 16, 0), (16, [0, 1, 2], 0, 0), (16, [0, 1, 2, 2], 0, 1),
     ]:  # fmt: skip
         b = len(rows)
         ids, positions = (torch.randint(high, (b, tokens), device=DEVICE) for high in (checks.VOCABULARY, 500))
         at = torch.arange(16, 32, device=DEVICE).expand(b, -1).contiguous() if picks else None
-        window = cache.window(tokens, rows, ahead=[0] * (b - riders - 1) + [tokens if riders else 0] + [0] * riders)
+        window = cache.window(
+            tokens, rows, ahead=[0] * (b - commit_rows - 1) + [tokens if commit_rows else 0] + [0] * commit_rows
+        )
         mask = two_copy_verify(tokens // 2, DEVICE).expand(b, -1, -1)
-        given = (ids, positions, window.row_index, window.prefix, mask, at, b - riders)
+        given = (ids, positions, window.row_index, window.prefix, mask, at, b - commit_rows)
         eager = forward(*given).clone()
         graph = runner(*given)
         assert graph.shape == eager.shape

@@ -49,7 +49,7 @@ def write(
     if drafted is not None:
         draft = replace(draft, tokens=torch.tensor(drafted))
     reach, finite = torch.full((len(rows),), reach), torch.tensor(finite).expand(len(rows))
-    return batch.settle(rows, batch.record(draft, choice, reach, finite).tolist())
+    return batch.finish_step(rows, batch.record(draft, choice, reach, finite).tolist())
 
 
 def finish(batch: Batch, i: int, decode=None, **blocks):

@@ -28,7 +28,7 @@ def test_without_a_gpu_the_model_itself_runs():
     assert engine.capture_seconds == 0
     assert (engine.queries(3), engine.verify_tokens(5)) == (3, 5), "nothing is rounded to captured sizes"
     ids, positions = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.arange(3).expand(2, 3)
-    logits = engine.forward(ids, positions, engine.cache.window(3), None, leading=1, logits_at=slice(1, None))
+    logits = engine.forward(ids, positions, engine.cache.window(3), None, logit_rows=1, logits_at=slice(1, None))
     want = model(ids, positions, model.new_cache(2, 40).window(3))[:1, 1:]
     assert torch.allclose(logits, want, atol=1e-5)
 
@@ -86,7 +86,7 @@ def test_the_fast_forward_is_told_of_windows_that_are_not_plain():
 def test_shapes_cover_every_batch_and_every_rider():
     engine = Engine(_model(), rows=3, slots=64, block_length=8, runtime=Runtime(fast=False))
     shapes = engine.shapes(3)
-    assert {(s.leading, s.riders) for s in shapes if not s.picks} == {
+    assert {(s.logit_rows, s.commit_rows) for s in shapes if not s.picks} == {
         (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2), (3, 3),
     }  # fmt: skip
     assert {(s.tokens, s.picks) for s in shapes if s.picks} == {(10, 2), (12, 4), (16, 8)}

@@ -14,11 +14,17 @@ def test_sizes_are_powers_of_two_and_the_most():
 
 
 def test_best_fit_is_the_smallest_that_holds_both_kinds_of_entries():
-    shapes = [Shape(1, 16), Shape(4, 16), Shape(4, 16, riders=1), Shape(4, 16, riders=4), Shape(4, 32, picks=16)]
+    shapes = [
+        Shape(1, 16),
+        Shape(4, 16),
+        Shape(4, 16, commit_rows=1),
+        Shape(4, 16, commit_rows=4),
+        Shape(4, 32, picks=16),
+    ]
     assert best_fit(shapes, Shape(1, 16)) == Shape(1, 16)
     assert best_fit(shapes, Shape(3, 16)) == Shape(4, 16)
-    assert best_fit(shapes, Shape(1, 16, riders=1)) == Shape(4, 16, riders=1)
-    assert best_fit(shapes, Shape(2, 16, riders=3)) == Shape(4, 16, riders=4)
+    assert best_fit(shapes, Shape(1, 16, commit_rows=1)) == Shape(4, 16, commit_rows=1)
+    assert best_fit(shapes, Shape(2, 16, commit_rows=3)) == Shape(4, 16, commit_rows=4)
     assert best_fit(shapes, Shape(2, 32, picks=16)) == Shape(4, 32, picks=16)
     assert best_fit(shapes, Shape(2, 32, picks=8)) is None
     assert best_fit(shapes, Shape(5, 16)) is None
@@ -27,7 +33,7 @@ def test_best_fit_is_the_smallest_that_holds_both_kinds_of_entries():
 
 
 def test_runner_falls_back_to_eager():
-    runner = GraphRunner(lambda ids, positions, rows, prefixes, mask, at, leading: ids * leading, "cpu")
+    runner = GraphRunner(lambda ids, positions, rows, prefixes, mask, at, logit_rows: ids * logit_rows, "cpu")
     ids, entry = torch.arange(4)[None], torch.zeros(1, dtype=torch.long)
     assert torch.equal(runner(ids, ids, entry, entry), ids)
 
@@ -37,33 +43,39 @@ def test_runner_falls_back_to_eager():
 def test_runner_replays_with_padding():
     table = torch.randn(10, 6, device="cuda")
 
-    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading):
+    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows):
         out = table[input_ids] + position_ids[..., None] + (rows * prefixes)[:, None, None]
-        out = (out + local_mask.sum(-1)[..., None])[:leading]
+        out = (out + local_mask.sum(-1)[..., None])[:logit_rows]
         return out if logits_at is None else out.gather(1, logits_at[..., None].expand(-1, -1, 6))
 
     runner = GraphRunner(forward, "cuda")
     runner.capture(
-        [Shape(2, 4), Shape(4, 4), Shape(4, 4, picks=2), Shape(4, 4, riders=2), Shape(4, 4, picks=2, riders=2)]
+        [
+            Shape(2, 4),
+            Shape(4, 4),
+            Shape(4, 4, picks=2),
+            Shape(4, 4, commit_rows=2),
+            Shape(4, 4, picks=2, commit_rows=2),
+        ]
     )
     mask = token_causal(4, "cuda")
-    for leading, riders in ((1, 0), (2, 0), (3, 0), (5, 0), (1, 1), (3, 2), (4, 3)):
-        batch = leading + riders
+    for logit_rows, commit_rows in ((1, 0), (2, 0), (3, 0), (5, 0), (1, 1), (3, 2), (4, 3)):
+        batch = logit_rows + commit_rows
         ids, positions = (torch.randint(10, (batch, 4), device="cuda") for _ in range(2))
-        rows, at = torch.arange(batch, device="cuda"), torch.randint(4, (leading, 2), device="cuda")
+        rows, at = torch.arange(batch, device="cuda"), torch.randint(4, (logit_rows, 2), device="cuda")
         prefixes = torch.randint(50, (batch,), device="cuda")
         for picked in (None, at):
-            got = runner(ids, positions, rows, prefixes, mask, picked, leading)
-            want = forward(ids, positions, rows, prefixes, mask.expand(batch, -1, -1), picked, leading)
-            assert torch.equal(got, want), (leading, riders)
+            got = runner(ids, positions, rows, prefixes, mask, picked, logit_rows)
+            want = forward(ids, positions, rows, prefixes, mask.expand(batch, -1, -1), picked, logit_rows)
+            assert torch.equal(got, want), (logit_rows, commit_rows)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_lasting_logits_outlast_other_replays():
-    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, leading, offsets=None, width=0):
+    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows, offsets=None, width=0):
         out = (input_ids + (0 if offsets is None else width * offsets[:, None]))[..., None].float()
-        return out[:leading].gather(1, logits_at[..., None])
+        return out[:logit_rows].gather(1, logits_at[..., None])
 
     runner = GraphRunner(forward, "cuda")
     runner.capture([Shape(2, 4, picks=2, lasting=True), Shape(2, 4, picks=3), Shape(2, 4, picks=2, width=8)])

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from shared.options import Acceptance, Blocks, Cache, Routing, Sampling, Unmask
 from shared.policy.accept import (
+    accept_span,
     acceptance_ratio,
     accepted_length,
-    judge,
     losslessness,
     residual,
     take_confident,
@@ -41,9 +41,9 @@ def given_uniforms(*rows: list[float]) -> Uniforms:
 
 
 def judge_block(draft: Draft, logits, options: Acceptance, sampling: Sampling, source: Uniforms):
-    """`judge` with a query at every position of the block."""
+    """`accept_span` with a query at every position of the block."""
     queries = torch.arange(draft.tokens.shape[1]).expand_as(draft.tokens)
-    return judge(draft, logits, queries, options, sampling, source)
+    return accept_span(draft, logits, queries, options, sampling, source)
 
 
 flags = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8)
@@ -164,7 +164,7 @@ def test_queries_of_the_span_alone_give_the_same_verdict(problem, mode, spare):
     some = torch.full((len(spans), count, 3), 77.0)
     for row, span in enumerate(spans):
         some[row, : len(span)] = logits[row, span]
-    got = judge(draft, some, queries, options, sampling, short_source)
+    got = accept_span(draft, some, queries, options, sampling, short_source)
     assert torch.equal(got.accepted, want.accepted)
     assert torch.equal(got.rejected, want.rejected)
     assert torch.equal(got.ratio[draft.span], want.ratio[draft.span])
