@@ -211,7 +211,7 @@ class DraftAndVerifyLM(TemplateLM):
             seed=self._seed, requests=numbers, stop=stop, **({"accept_rule": self.accept_rule} if self.accept_rule else {}),
             on_finish=lambda completion: keep(by_number[completion.request], self._record(completion)),
         )  # fmt: skip
-        self.lossless = (output.lossless, output.lossless_reason)
+        self.lossless = (output.lossless.value, output.lossless.reason)
 
     def _record(self, completion: Completion) -> dict:
         """A finished text as the store keeps it."""
