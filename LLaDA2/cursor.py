@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llada2.options import Blocks, Editing
 from shared.decode.canvas import Canvas
-from shared.decode.cursor import BlockCursor, Finished, first_stop
+from shared.decode.cursor import BlockCursor, Cursor, Finished
 from shared.policy.draft import Choice, Draft
 
 
@@ -99,7 +99,4 @@ class EditedBlocks(BlockCursor):
         old, new = log[:, at[:, 0], at[:, 1]].tolist()
         return [(s, starts[s] + p, a, b) for (s, p), a, b in zip(at.tolist(), old, new, strict=True)]
 
-    def returned(self, i: int, ids: list[int], end: int) -> list[int]:
-        """Up to a stop token, or with it unless ``trim_stop_tokens``."""
-        tokens = ids[len(self.canvas.rows[i].prompt) : end][: self.canvas.max_new_tokens]
-        return tokens[: first_stop(tokens, self.canvas.stop_ids) + (not self.trim_stop_tokens)]
+    returned = Cursor.returned  # a stop token is kept, if at all, without what follows it in its block

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.decode import run as decode_run
 from shared.errors import UserError
-from shared.gpu.phases import Phases
 from shared.policy.uniforms import request_uniforms
-from tests.recorder import recorder
+from tests.standin import see_only_what_was_staged
 
 HERE = Path(__file__).parent
 
@@ -82,22 +80,24 @@ def check_batch_equals_alone(family: Family, decoder: str, flat: dict, prompts: 
     assert sum(together.batch_forwards.values()) < sum(together.forwards.values()) or rows == 1
 
 
-def check_captured_phases(
+def check_graphs_change_nothing(
     family: Family, decoder: str, flat: dict, prompts: list[list[int]], rows: int, monkeypatch
 ) -> None:
-    """What runs between forwards, replayed into fixed memory as CUDA graphs would be, changes no text, trace or count of forwards."""
+    """A device that sees only what was staged for its graphs, forwards and phases alike, decodes the same: ids, order, edits, verifies, forwards."""
     run = lambda: family.run(decoder, prompts, flat, seed=6, batch_size=rows)  # noqa: E731
-    plain, made = run(), []
-
-    def phases_for(engines, signature, owners):
-        made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
-        return made[-1]
-
-    monkeypatch.setattr(decode_run, "phases_for", phases_for)
-    captured = run()
-    assert made[0]._captured, "nothing was captured"
-    assert captured.tokens == plain.tokens
-    assert [c.trace for c in captured.completions] == [c.trace for c in plain.completions]
+    plain, phases = run(), see_only_what_was_staged(monkeypatch)
+    try:
+        staged, runner = run(), family.model.engine.runner
+    finally:
+        family.model.engine = None
+    assert sum(runner.replays.values()) > 0, "nothing was replayed"
+    assert phases[0]._captured, "no phase was captured"
+    for one, other in zip(plain.completions, staged.completions, strict=True):
+        assert other.tokens == one.tokens
+        assert other.trace.order() == one.trace.order()
+        assert other.trace.edits == one.trace.edits
+        assert other.trace.verifies == one.trace.verifies
+        assert other.trace.forwards == one.trace.forwards
 
 
 def check_never_is_plain(family: Family, flat: dict, prompts: list[list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Where each text stands: blocks of one length, counted from position 0, one of them at a time.
+"""Where each text stands. `Cursor` is what every loop needs; `BlockCursor` goes by blocks of one length, counted from position 0, one at a time.
 
 The host keeps what it decides itself (block starts, step counts) and reads the device once a step, for `BlockCursor.finish_step`.
 """
@@ -49,7 +49,39 @@ def most_iterations(slots: int, block_length: int, steps: int) -> int:
     return 2 * steps * (slots // block_length + 2)
 
 
-class BlockCursor:
+class Cursor:
+    """Where the texts of ``canvas`` stand. ``block_length`` is what their traces are shown by (0: no blocks)."""
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+    block_length = 0
+
+    def __init__(self, canvas: Canvas, trim_stop_tokens: bool = True):
+        self.canvas, self.trim_stop_tokens = canvas, trim_stop_tokens
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Stand before the first token of the texts that were admitted to ``rows``."""
+        raise NotImplementedError
+
+    def prefilled(self, i: int) -> int:
+        """How many tokens of the prompt of row ``i`` are encoded before its first step."""
+        raise NotImplementedError
+
+    def end(self, i: int) -> int:
+        """Up to where a finished text is decided."""
+        raise NotImplementedError
+
+    def returned(self, i: int, ids: list[int], end: int) -> list[int]:
+        """The tokens that the text of row ``i`` gives back, of its ``ids``, which are decided up to ``end``: up to a stop token, or with it unless
+        ``trim_stop_tokens``."""
+        tokens = ids[len(self.canvas.rows[i].prompt) : end][: self.canvas.max_new_tokens]
+        return tokens[: first_stop(tokens, self.canvas.stop_ids) + (not self.trim_stop_tokens)]
+
+    def edits(self, i: int) -> list[tuple[int, int, int, int]]:
+        """`shared.trace.Trace.edits` of the text of row ``i``."""
+        return []
+
+
+class BlockCursor(Cursor):
     """The current block of every row of ``canvas``. ``block_length`` L, ``steps`` S: see `shared.options.Blocks`, as for ``round_to_blocks`` and
     ``trim_stop_tokens``. ``stopping``: does a stop token end the text at once?"""
 
@@ -65,8 +97,8 @@ class BlockCursor:
         trim_stop_tokens: bool = True,
         stopping: bool = True,
     ):
-        self.canvas, self.block_length, self.steps = canvas, block_length, steps
-        self.round_to_blocks, self.trim_stop_tokens = round_to_blocks, trim_stop_tokens
+        super().__init__(canvas, trim_stop_tokens)
+        self.block_length, self.steps, self.round_to_blocks = block_length, steps, round_to_blocks
         self.blocks: dict[int, Block] = {}  # by row
         device = canvas.tokens.device
         self.start = torch.zeros_like(canvas.prompt_length)
@@ -77,7 +109,6 @@ class BlockCursor:
         self._offsets = torch.arange(block_length, device=device)
 
     def begin(self, rows: Sequence[int]) -> None:
-        """Stand before the first token of the texts that were admitted to ``rows``."""
         for i in rows:
             length = len(self.canvas.rows[i].prompt)
             start = length // self.block_length * self.block_length
@@ -93,7 +124,7 @@ class BlockCursor:
         return f"request {self.canvas.rows[i].request}, block at position {block.start}, step {block.step}"
 
     def prefilled(self, i: int) -> int:
-        """How many tokens of the prompt of row ``i``, whole blocks of them, are encoded before its first step."""
+        """Whole blocks of the prompt."""
         return self.blocks[i].start
 
     @property
@@ -184,11 +215,10 @@ class BlockCursor:
         return self.canvas.tokens[i, max(start, length) : min(start + self.block_length, limit)].tolist()
 
     def end(self, i: int) -> int:
-        """Up to where a finished text is decided."""
         return self.blocks[i].start + self.block_length
 
     def returned(self, i: int, ids: list[int], end: int) -> list[int]:
-        """The tokens that the text of row ``i`` gives back, of its ``ids``, which are decided up to ``end``."""
+        """Up to a stop token; without ``trim_stop_tokens`` all of the block that holds it, with ``round_to_blocks`` whole blocks."""
         length, whole, trim = len(self.canvas.rows[i].prompt), self.round_to_blocks, self.trim_stop_tokens
         tokens = ids[length : self.blocks[i].total] if whole and not trim else ids[length:end]
         if not whole:
@@ -196,10 +226,6 @@ class BlockCursor:
         if trim:
             tokens = tokens[: first_stop(tokens, self.canvas.stop_ids)]
         return tokens
-
-    def edits(self, i: int) -> list[tuple[int, int, int, int]]:
-        """`shared.trace.Trace.edits` of the text of row ``i``."""
-        return []
 
 
 def first_stop(tokens: list[int], stop_ids: Sequence[int]) -> int:

@@ -144,22 +144,30 @@ def policy_of(options, rows: int, device) -> Policy:
     return make_policy(options.routing, options.bandit, options.estimation, options.unmask, rows=rows, device=device)
 
 
-def block_canvas(job: Job, engine: Engine, *, block_length: int, steps: int, per_block: int) -> Canvas:
-    """A canvas as large as ``engine``, for texts in blocks of at most twice ``steps`` and ``per_block`` random numbers."""
-    blocks, rows, slots = job.options.blocks, len(engine.cache.lengths), engine.cache.slots
+def canvas_of(job: Job, uniforms: Uniforms, *, width: int, iterations: int, verifies_a_step: int = 1) -> Canvas:
+    """A canvas for ``job``, with as many rows as ``uniforms``; see `Canvas`."""
+    blocks = job.options.blocks
     return Canvas(
         job.prompts,
         requests=job.call.requests,
         rows=job.rows,
-        allocated=rows,
-        width=slots,
-        iterations=most_iterations(slots, block_length, steps),
+        allocated=len(uniforms.table),
+        width=width,
+        iterations=iterations,
+        verifies_a_step=verifies_a_step,
         max_new_tokens=blocks.max_new_tokens,
         mask_id=blocks.mask_id,
         stop_ids=blocks.stopping_criteria_idx,
-        device=engine.cache.length.device,
-        uniforms=_uniforms(job, engine, per_block, block_length),
+        device=uniforms.table.device,
+        uniforms=uniforms,
     )
+
+
+def block_canvas(job: Job, engine: Engine, *, block_length: int, steps: int, per_block: int) -> Canvas:
+    """A canvas as large as ``engine``, for texts in blocks of at most twice ``steps`` and ``per_block`` random numbers."""
+    slots = engine.cache.slots
+    uniforms = _uniforms(job, engine, per_block, block_length)
+    return canvas_of(job, uniforms, width=slots, iterations=most_iterations(slots, block_length, steps))
 
 
 def _uniforms(job: Job, engine: Engine, per_block: int, block_length: int) -> Uniforms:

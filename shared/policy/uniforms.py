@@ -63,3 +63,8 @@ class Uniforms:
         numbers = self.table[rows[:, None], at.clamp(max=self.table.shape[1] - 1)]
         self.cursor[rows] += used
         return numbers
+
+    def at(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """The uniforms of ``rows [b]`` by number, ``[b, n]`` for ``numbers [b, n]``; cursors stay. For decoders in which each emitted token uses one,
+        numbered by its place in the text."""
+        return self.table[rows[:, None], numbers]

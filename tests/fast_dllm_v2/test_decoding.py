@@ -189,8 +189,8 @@ def test_batch_equals_alone(extra):
 
 
 @pytest.mark.parametrize("extra", [*POLICIES, LOSSLESS], ids=lambda e: " ".join(map(str, e.values())))
-def test_captured_phases_change_nothing(extra, monkeypatch):
-    checks.check_captured_phases(family(), "speculative", {**SMALL, **extra}, PROMPTS, 3, monkeypatch)
+def test_graphs_change_nothing(extra, monkeypatch):
+    checks.check_graphs_change_nothing(family(), "speculative", {**SMALL, **extra}, PROMPTS, 3, monkeypatch)
 
 
 @pytest.mark.parametrize("extra", [{}, {"use_block_cache": True}, {"temperature": 1.0}], ids=str)

@@ -157,8 +157,8 @@ def test_unsaved_equals_reference(decoder, flat):
 
 
 @each_saved_setting
-def test_captured_phases_change_nothing(decoder, flat, monkeypatch):
-    checks.check_captured_phases(family(), decoder, flat, checks.draw_prompts(3, seed=12), 2, monkeypatch)
+def test_graphs_change_nothing(decoder, flat, monkeypatch):
+    checks.check_graphs_change_nothing(family(), decoder, flat, checks.draw_prompts(3, seed=12), 2, monkeypatch)
 
 
 @each_distinct_setting

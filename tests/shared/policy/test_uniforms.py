@@ -102,3 +102,16 @@ def test_reading_past_the_end_is_counted():
     assert source.take(torch.tensor([0]), 4, 4).shape == (1, 4)
     assert source.cursor.tolist() == [4]
     assert source.available(0) == 2
+
+
+def test_by_number():
+    source = Uniforms(2, 6, seed=4)
+    source.assign(0, 3)
+    source.assign(1, 5)
+    numbers = torch.tensor([[0, 4, 4], [5, 1, 0]])
+    got = source.at(torch.tensor([0, 1]), numbers)
+    want = [
+        [request_uniforms(4, request, 6)[n] for n in row] for request, row in zip((3, 5), numbers.tolist(), strict=True)
+    ]
+    assert torch.equal(got, torch.tensor(want))
+    assert source.cursor.tolist() == [0, 0]
