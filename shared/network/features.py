@@ -1,3 +1,0 @@
-class Features:
-    def __init__(self, layers=()):
-        self.layers = layers
