@@ -79,9 +79,6 @@ class FastLLaDA2(FastForward):
             return f"the rotated width {width} does not divide head_dim {config.head_dim}"
         return None
 
-    def rotary_dim(self) -> int:
-        return self.model.rotary_dim
-
     def embedding(self) -> Tensor:
         return self.model.model.word_embeddings.weight
 

@@ -12,27 +12,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llada2.configuration_llada2_moe import LLaDA2MoeConfig
-from shared.network.attention import attend
+from shared.network.decoder import MLP, DecoderModel, ForwardContext, RMSNorm
 from shared.network.experts import group_limited_top_k, mix_experts
-from shared.network.kv_cache import BlockCache, Window
-from shared.network.loading import CheckpointModel, special_ids
-from shared.network.rotary import rotary_tables, rotate
 
-
-class LLaDA2MoeRMSNorm(nn.Module):
-    """``x / rms(x)`` in float32, cast back, times the weight."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+LLaDA2MoeMLP = MLP
 
 
 class LLaDA2MoeAttention(nn.Module):
+    """One projection for queries, keys and values; the released names."""
+
     def __init__(self, config: LLaDA2MoeConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -40,32 +28,16 @@ class LLaDA2MoeAttention(nn.Module):
         heads = self.heads + 2 * self.kv_heads
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.use_qkv_bias)
         self.dense = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=config.use_bias)
-        self.query_layernorm = self.key_layernorm = None
-        if config.use_qk_norm:
-            self.query_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
-            self.key_layernorm = LLaDA2MoeRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], window: Window | None, mask: Tensor | None, backend: str):
-        """``x [B, T, hidden]`` -> ``[B, T, hidden]``; ``mask [B, 1, T, S]`` over everything in reach, or None."""
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """``x [B, T, hidden]`` -> ``[B, T, hidden]``."""
         heads = rearrange(self.query_key_value(x), "b t (h d) -> b h t d", d=self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.query_layernorm is not None:
             q, k = self.query_layernorm(q), self.key_layernorm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if window is not None:
-            k, v = window.update(self.layer, k, v)
-        return self.dense(rearrange(attend(q, k, v, mask, backend=backend), "b h t d -> b t (h d)"))
-
-
-class LLaDA2MoeMLP(nn.Module):
-    def __init__(self, hidden_size: int, width: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.dense(context.attend(self.layer, q, k, v))
 
 
 class LLaDA2MoeGate(nn.Module):
@@ -157,95 +129,27 @@ class LLaDA2MoeDecoderLayer(nn.Module):
         self.mlp = (
             LLaDA2MoeMLP(config.hidden_size, config.intermediate_size) if dense else LLaDA2MoeSparseMoeBlock(config)
         )
-        self.input_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, window: Window | None, mask: Tensor | None, backend: str) -> Tensor:
-        x = x + self.attention(self.input_layernorm(x), rope, window, mask, backend)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x + self.attention(self.input_layernorm(x), context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LLaDA2MoeModel(nn.Module):
-    def __init__(self, config: LLaDA2MoeConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDA2MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class LLaDA2MoeModelLM(CheckpointModel):
+class LLaDA2MoeModelLM(DecoderModel):
     """The network with its head. ``LLaDA2MoeModelLM.from_pretrained(path_or_hub_id)`` loads a released checkpoint."""
 
     config_class = LLaDA2MoeConfig
     divides = False
+    family_mask, family_stop = 156895, (156892,)
+    embedding_name = "word_embeddings"
 
-    def __init__(self, config: LLaDA2MoeConfig):
-        super().__init__()
-        if problem := config.problem():
-            raise ValueError(problem)
-        self.config = config
-        self.backend = "sdpa"
-        self.rotary_dim = int(config.head_dim * config.partial_rotary_factor)
-        self.model = LLaDA2MoeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def special_ids(self, mask_id: int | None = None, stop_ids=None, tokenizer=None) -> tuple[int, tuple[int, ...]]:
-        """``(mask id, stop ids)``: those given, else the checkpoint's, else the released family's; checked against the vocabulary."""
-        return special_ids(
-            vocab_size=self.config.vocab_size,
-            mask_id=mask_id,
-            stop_ids=stop_ids,
-            config=self.config,
-            folder=self.folder,
-            tokenizer=tokenizer,
-            family_mask=156895,
-            family_stop=(156892,),
-        )
-
-    def new_cache(self, rows: int, slots: int) -> BlockCache:
-        """An empty cache for ``rows`` sequences of at most ``slots`` tokens, on the model's device and in its dtype."""
-        c = self.config
-        return BlockCache(
-            c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
-        )
+    def layer(self, config: LLaDA2MoeConfig, number: int) -> LLaDA2MoeDecoderLayer:
+        return LLaDA2MoeDecoderLayer(config, number)
 
     def fast(self, *, required: bool = False):
         """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
         from llada2.fast import FastLLaDA2
 
         return FastLLaDA2.of(self, required)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cache: Window | None = None,
-        local_mask: Tensor | None = None,
-        *,
-        logits_at: slice | Tensor | None = None,
-        logit_rows: int | None = None,
-    ) -> Tensor:
-        """Logits ``[B, T, V]`` for ``input_ids [B, T]`` at ``position_ids [B, T]``; row ``t`` predicts the token at its own position.
-
-        ``cache``: the `Window` this forward writes to and reads from (None: the tokens see only each other).
-        ``local_mask``: None (all T see each other), bool ``[T, T]`` or ``[B, T, T]`` (True = may attend), or additive float, which the reference
-        attention alone can do and therefore does. ``logits_at`` limits which positions reach the head: a slice of T, or indices ``[B, K]`` -> ``[B, K, V]``.
-        ``logit_rows``: only this many first entries of the batch reach it (default: all).
-        """
-        x = self.model.word_embeddings(input_ids)
-        rope = rotary_tables(position_ids, self.rotary_dim, self.config.rope_theta, x.dtype)
-        if cache is not None:
-            mask = cache.mask(local_mask)
-        elif local_mask is None:
-            mask = None
-        else:
-            mask = (local_mask if local_mask.dim() == 3 else local_mask[None])[:, None]
-        backend = "reference" if mask is not None and mask.is_floating_point() else self.backend
-        for layer in self.model.layers:
-            x = layer(x, rope, cache, mask, backend)
-        x = x[:logit_rows]
-        if isinstance(logits_at, slice):
-            x = x[:, logits_at]
-        elif logits_at is not None:
-            x = x.gather(1, logits_at[..., None].expand(-1, -1, x.shape[-1]))
-        return self.lm_head(self.model.norm(x))

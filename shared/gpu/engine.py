@@ -149,7 +149,7 @@ class Engine:
         logit_rows = len(input_ids) if logit_rows is None else logit_rows
         added = local_mask is not None and local_mask.dtype != torch.bool
         if self.fast is None or added:
-            how = {"logit_rows": logit_rows, "logits_at": logits_at} | ({"features": features} if features else {})
+            how = {"logit_rows": logit_rows, "logits_at": logits_at, "features": features}
             return self.model(input_ids, position_ids, window, local_mask, **how)
         picked = logits_at
         if isinstance(logits_at, slice):

@@ -23,7 +23,6 @@ from shared.gpu import triton_ops as ops
 from shared.gpu.graphs import on_device
 from shared.network.kv_cache import BlockCache
 from shared.network.loading import CheckpointModel
-from shared.network.rotary import rotary_tables
 
 
 def fuse_rows(projections: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -119,10 +118,6 @@ class FastForward:
         """Why this family's kernels cannot serve a model of ``config``, or None."""
         return None
 
-    def rotary_dim(self) -> int:
-        """How many channels of a head are rotated."""
-        return self.model.config.head_dim
-
     def embedding(self) -> Tensor:
         """``[V, H]``"""
         return self.model.model.embed_tokens.weight
@@ -159,9 +154,10 @@ class FastForward:
         self.overlap = ops.overlapping_launch(model.device) if overlap is None else overlap
         self.heads = ops.Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.work, self.plan = ops.Workspace(model.device), ops.narrow_plan
-        positions, width = torch.arange(config.max_position_embeddings, device=model.device)[None], self.rotary_dim()
-        tables = rotary_tables(positions, width, config.rope_theta, model.dtype)
-        cos_sin = [table[0, 0, :, : width // 2].contiguous() for table in tables]
+        tables = model.rotary.tables(
+            torch.arange(config.max_position_embeddings, device=model.device)[None], model.dtype
+        )
+        cos_sin = [table[0, 0, :, : model.rotary.dim // 2].contiguous() for table in tables]
         blocks = model.model.layers
         following = [block.input_layernorm.weight for block in blocks[1:]] + [model.model.norm.weight]
         self.layers = [self.layer(block, cos_sin, after) for block, after in zip(blocks, following, strict=True)]

@@ -127,7 +127,7 @@ class GraphRunner:
     """Replays ``forward`` where a captured shape serves, calls it where none does.
 
     All graphs share one memory pool. Their logits go to one buffer for ``lasting`` shapes and one for the others, so the logits of a replay last
-    until the next replay of their kind: a draft's survive the verify that follows it. Features last until the next replay of their shape.
+    until the next replay of their kind: a draft's survive the verify that follows it. Features are copied out.
     """
 
     def __init__(self, forward: Forward, device: torch.device | str):
@@ -138,7 +138,7 @@ class GraphRunner:
         self.replays: Counter[Shape] = Counter()
         self._pool: tuple[int, int] | None = None
         self._logits: dict[bool, Tensor] = {}  # lasting, not lasting
-        self._returned: set[int] = set()  # addresses of what replays return
+        self._returned: set[int] = set()  # addresses of the logits that replays return
 
     @torch.inference_mode()
     def capture(self, shapes: Iterable[Shape]) -> None:
@@ -150,7 +150,7 @@ class GraphRunner:
                 inputs = self._buffers(shape)
                 replay, logits, features = self._capture(shape, inputs)
                 self.captured[shape] = _Captured(replay, inputs, logits, features)
-                self._returned |= {t.data_ptr() for t in (logits, features and features.hidden) if t is not None}
+                self._returned.add(logits.data_ptr())
         self.seconds += time.perf_counter() - began
 
     def _run(self, shape: Shape, inputs: Inputs) -> tuple[Tensor, Features | None]:
@@ -251,7 +251,7 @@ class GraphRunner:
         self._returned.clear()
 
     def owns(self, tensor: Tensor) -> bool:
-        """Is this what a replay returns?"""
+        """Are these logits that a replay returned, which lie where they always lie?"""
         return tensor.data_ptr() in self._returned
 
 

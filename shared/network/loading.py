@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from shared.errors import UserError
+from shared.network.configuration import DecoderConfig
+from shared.network.kv_cache import BlockCache
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer, in the name of a module
 PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
@@ -73,9 +78,19 @@ def _shards(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no model.safetensors (other weight formats are not loaded; convert with safetensors)")
 
 
-def checked_shards(folder: Path, expected: Mapping[str, torch.Size], ignored: Collection[str] = ()) -> list[Path]:
-    """The weight files of a checkpoint that holds the tensors of ``expected`` in their shapes, and no others but those of ``ignored``."""
+def checked_shards(
+    folder: Path,
+    expected: Mapping[str, torch.Size],
+    ignored: Collection[str] = (),
+    rename: Callable[[str], str] = str,
+) -> list[Path]:
+    """The weight files of a checkpoint that holds the tensors of ``expected`` in their shapes, and no others but those of ``ignored``.
+
+    ``rename(key)``: what the checkpoint calls a tensor (default: the same).
+    """
     shards, shapes = _shards(folder), {}
+    expected = {rename(key): shape for key, shape in expected.items()}
+    ignored = [rename(key) for key in ignored]
     with _naming_damage(folder):
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
@@ -88,22 +103,25 @@ def read_tensors(
     shards: Iterable[Path],
     keys: Collection[str],
     part: Callable[[str, object], torch.Tensor] | None = None,
+    rename: Callable[[str], str] = str,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """``(key, tensor)`` for ``keys``, one after the other, on the host. ``part(key, weight)``: what to read of a tensor, where ``weight`` is an unread
-    safetensors slice (None: all).
+    safetensors slice (None: all). ``rename(key)``: what the checkpoint calls a tensor (default: the same).
 
     A weight file is mapped into memory, where what was read of it stays until it is closed. So it is opened anew for every ``PIECE`` bytes.
     """
+    key_of = {rename(key): key for key in keys}
     for shard in shards:
         with _naming_damage(shard.parent):
             with safe_open(shard, framework="pt") as file:
-                left = [key for key in reversed(list(file.keys())) if key in keys]
+                left = [name for name in reversed(list(file.keys())) if name in key_of]
             while left:
                 size = 0
                 with safe_open(shard, framework="pt") as file:
                     while left and size < PIECE:
-                        key = left.pop()
-                        tensor = part(key, file.get_slice(key)) if part else file.get_tensor(key)
+                        name = left.pop()
+                        key = key_of[name]
+                        tensor = part(key, file.get_slice(name)) if part else file.get_tensor(name)
                         size += tensor.nbytes
                         yield key, tensor
 
@@ -116,13 +134,14 @@ def read_state_dict(
     device: torch.device | str,
     part: Callable[[str, object], torch.Tensor],
     ignored: Collection[str] = (),
+    rename: Callable[[str], str] = str,
 ) -> dict[str, torch.Tensor]:
     """The ``part`` of every tensor of a checkpoint (see `read_tensors`) on ``device``, checked as a whole before any is read.
 
     Parts are cut on the host: the device never sees the rest.
     """
     state = {}
-    for key, tensor in read_tensors(checked_shards(folder, expected, ignored), expected, part):
+    for key, tensor in read_tensors(checked_shards(folder, expected, ignored, rename), expected, part, rename):
         tensor = tensor.to(device)
         state[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return state
@@ -151,14 +170,21 @@ def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mappin
 
 
 class CheckpointModel(nn.Module):
-    """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``, and ``divides`` where `shared.scripts.tensor_parallel` cannot
-    cut them."""
+    """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``, the special ids of the family's released
+    checkpoints, ``checkpoint_keys`` where these name things otherwise, and ``divides`` where `shared.scripts.tensor_parallel` cannot cut them.
 
-    config_class: type
+    ``checkpoint_keys``: module -> the checkpoint's name of it, ``*`` for each number in both, as in
+    ``{"model.layers.*.mlp.gate_proj": "model.transformer.blocks.*.ff_proj"}``. A module that is not listed keeps its name.
+    """
+
+    config_class: type[DecoderConfig]
+    checkpoint_keys: Mapping[str, str] = {}
+    family_mask: int | None = None
+    family_stop: tuple[int, ...] = ()
     divides: bool = True
-    config: object
+    config: Any
     folder: Path | None = None  # where it was loaded from
-    engine: object = None  # the engine its last decode left here, with its graphs; whoever owns the model owns it
+    engine: Any = None  # the engine its last decode left here, with its graphs; whoever owns the model owns it
 
     @property
     def device(self) -> torch.device:
@@ -168,14 +194,50 @@ class CheckpointModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def special_ids(self, mask_id: int | None = None, stop_ids=None, tokenizer=None) -> tuple[int, tuple[int, ...]]:
+        """``(mask id, stop ids)``: those given, else the checkpoint's, else the released family's; checked against the vocabulary."""
+        return special_ids(
+            vocab_size=self.config.vocab_size,
+            mask_id=mask_id,
+            stop_ids=stop_ids,
+            config=self.config,
+            folder=self.folder,
+            tokenizer=tokenizer,
+            family_mask=self.family_mask,
+            family_stop=self.family_stop,
+        )
+
+    def new_cache(self, rows: int, slots: int) -> BlockCache:
+        """An empty cache for ``rows`` sequences of at most ``slots`` tokens, on the model's device and in its dtype."""
+        c = self.config
+        return BlockCache(
+            c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
+        )
+
     @classmethod
-    def read_config(cls, path_or_id: str | Path) -> tuple[Path, object]:
-        """``(checkpoint folder, its config)``; refused if the folder holds another kind of model."""
+    def checkpoint_key(cls, key: str) -> str:
+        """What the checkpoint calls the tensor that is ``key`` in a state dict."""
+        module, _, tensor = key.rpartition(".")
+        pattern = _NUMBER.sub("*", module)
+        if pattern not in cls.checkpoint_keys:
+            return key
+        numbers = iter(_NUMBER.findall(module))
+        return re.sub(r"\*", lambda star: next(numbers), cls.checkpoint_keys[pattern]) + "." + tensor
+
+    @classmethod
+    def read_config(cls, path_or_id: str | Path) -> tuple[Path, DecoderConfig]:
+        """``(checkpoint folder, its config)``; refused if the folder holds another kind of model, or one that cannot be built."""
         folder, wanted = checkpoint_folder(path_or_id), cls.config_class.model_type
         found = _read_json(folder / "config.json").get("model_type", wanted)
         if found != wanted:
             raise UserError(f"{folder}: config.json is of model_type {found!r}. Allowed: {wanted!r}")
-        return folder, cls.config_class.from_pretrained(folder)
+        try:
+            config = cls.config_class.from_pretrained(folder)
+        except (AttributeError, TypeError, ValueError) as error:  # transformers looks up what it finds
+            raise UserError(f"{folder}: config.json cannot be used ({_reason(error)})") from error
+        if problem := config.problem():
+            raise UserError(f"{folder}: {problem}")
+        return folder, config
 
     @classmethod
     def from_pretrained(
@@ -192,20 +254,17 @@ class CheckpointModel(nn.Module):
         device = resolve_device(device)
         folder, config = cls.read_config(path_or_id)
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
-        try:
-            with torch.device("meta"):
-                model = cls(config).to(dtype)
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}") from error
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
         tied = config.tie_word_embeddings and _HEAD in model.state_dict()
         if tied:
             model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        shards = checked_shards(folder, shapes, [_HEAD] if tied else [])
+        shards = checked_shards(folder, shapes, [_HEAD] if tied else [], cls.checkpoint_key)
         model.to_empty(device=device)
         # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
         places = model.state_dict()
-        for key, tensor in read_tensors(shards, places):
+        for key, tensor in read_tensors(shards, places, rename=cls.checkpoint_key):
             places[key].copy_(tensor)
         if tied:
             model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
@@ -222,11 +281,11 @@ class CheckpointModel(nn.Module):
         config.torch_dtype = dtype or self.dtype
         config.save_pretrained(folder)
         tied, buffers = config.tie_word_embeddings, dict(self.named_buffers())
-        state = {
-            k: v.detach().to(v.dtype if dtype is None or k in buffers else dtype).contiguous().cpu()
-            for k, v in self.state_dict().items()
-            if not (tied and k == _HEAD)
-        }
+        state = {}
+        for key, tensor in self.state_dict().items():
+            kept = tensor.dtype if dtype is None or key in buffers else dtype
+            if not (tied and key == _HEAD):
+                state[self.checkpoint_key(key)] = tensor.detach().to(kept).contiguous().cpu()
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -183,6 +183,7 @@ def shard(
         device=group.device,
         ignored=tied,
         part=lambda key, weight: cut(key, weight, group),
+        rename=model_class.checkpoint_key,
     )
     if tied:
         state["lm_head.weight"] = cut("lm_head.weight", state["model.embed_tokens.weight"], group)

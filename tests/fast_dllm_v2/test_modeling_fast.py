@@ -95,3 +95,9 @@ def test_saved_and_loaded_again(tmp_path, tied):
     again = Fast_dLLM_QwenForCausalLM.from_pretrained(tmp_path)
     ids, positions = torch.arange(6)[None], torch.arange(6)[None]
     torch.testing.assert_close(again(ids, positions), model(ids, positions))
+
+
+def test_special_ids_of_the_released_family():
+    with torch.device("meta"):
+        model = Fast_dLLM_QwenForCausalLM(Fast_dLLM_QwenConfig(num_hidden_layers=0))
+    assert model.special_ids() == (151665, (151645,))

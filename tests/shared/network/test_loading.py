@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sdar import SDARConfig, SDARForCausalLM
 from shared.errors import UserError
 from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_device, resolve_dtype, special_ids
+from shared.scripts import tensor_parallel
 
 IDS = torch.tensor([[1, 2, 3]])
 
@@ -163,9 +164,17 @@ def test_a_damaged_config(folder, text):
     refused(folder, "config.json: (not readable as JSON|a JSON object is needed, list found)")
 
 
-def test_a_config_the_model_does_not_support(folder):
-    config_of(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    refused(folder, "rope_scaling")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "8"}, r"hidden_size is '8'\. Allowed: a whole number, at least 1$"),
+        ({"torch_dtype": "half a float"}, "config.json cannot be used .*half a float"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_built_is_one_line(folder, change, message):
+    config_of(folder, **change)
+    refused(folder, rf"^[^\n]*{message}")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
@@ -355,3 +364,74 @@ def test_a_tokenizer_brings_no_code(folder, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **flat: asked.update(flat))
     load_tokenizer(folder)
     assert asked == {"trust_remote_code": False}
+
+
+KEYS = {
+    "model.embed_tokens": "transformer.wte",
+    "model.norm": "transformer.ln_f",
+    "lm_head": "transformer.ff_out",
+    "model.layers.*.self_attn.o_proj": "transformer.blocks.*.attn_out",
+    "model.layers.*.mlp.down_proj": "transformer.blocks.*.ff_out",
+}
+
+
+class Renamed(SDARForCausalLM):
+    """The network under the names of another make."""
+
+    checkpoint_keys = KEYS
+
+
+def test_names_of_another_make(tmp_path):
+    """Written and read under the checkpoint's names, in and out of shards; a state dict has ours."""
+    model = Renamed(tiny().config)
+    model.load_state_dict(tiny().state_dict())
+    model.save_pretrained(tmp_path / "renamed")
+    names = set(load_file(tmp_path / "renamed" / "model.safetensors"))
+    assert {"transformer.wte.weight", "transformer.ff_out.weight", "transformer.blocks.1.attn_out.weight"} <= names
+    assert {"transformer.blocks.0.ff_out.weight", "model.layers.1.mlp.up_proj.weight"} <= names
+    assert not any("o_proj" in name or "down_proj" in name or "lm_head" in name for name in names)
+    for _ in range(2):
+        again = Renamed.from_pretrained(tmp_path / "renamed")
+        assert list(again.state_dict()) == list(tiny().state_dict())
+        assert torch.equal(logits(again), logits(tiny()))
+        if (tmp_path / "renamed" / "model.safetensors").exists():
+            shard(tmp_path / "renamed")
+
+
+def test_a_tied_head_under_another_name(tmp_path):
+    tied = Renamed(tiny(tie_word_embeddings=True).config)
+    tied.save_pretrained(tmp_path)
+    assert "transformer.ff_out.weight" not in load_file(tmp_path / "model.safetensors")
+    edit(tmp_path, lambda s: s.update({"transformer.ff_out.weight": s["transformer.wte.weight"].clone()}))
+    loaded = Renamed.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded), logits(tied))
+
+
+def test_errors_have_the_names_of_the_file(tmp_path):
+    Renamed(tiny().config).save_pretrained(tmp_path)
+    edit(tmp_path, lambda s: s.pop("transformer.blocks.1.attn_out.weight"))
+    with pytest.raises(UserError, match=r"lacks transformer\.blocks\.1\.attn_out\.weight"):
+        Renamed.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_other_names_is_cut_over_processes(tmp_path):
+    model = Renamed(tiny().config)
+    model.save_pretrained(tmp_path)
+    parts = [tensor_parallel.shard(Renamed, tmp_path, tensor_parallel.Group(r, 2, torch.device("cpu"))) for r in (0, 1)]
+    for module, axis in (("o_proj", 1), ("q_proj", 0)):
+        name = f"model.layers.1.self_attn.{module}.weight"
+        shares = [{k.replace(".linear.", "."): v for k, v in part.state_dict().items()}[name] for part in parts]
+        assert torch.equal(torch.cat(shares, axis), model.state_dict()[name])
+
+
+def test_special_ids_and_cache_of_a_model():
+    """The family's table is the class's; the cache has the model's shape, dtype and device."""
+    assert tiny(mask_token_id=7).special_ids() == (7, ())
+    with torch.device("meta"):
+        released = SDARForCausalLM(SDARConfig(num_hidden_layers=0))
+    assert released.special_ids() == (151669, (151645, 151643))
+    assert released.special_ids(mask_id=5, stop_ids=(6,)) == (5, (6,))
+    cache = tiny(num_key_value_heads=1).double().new_cache(3, 20)
+    assert cache.keys.shape == (2, 3, 1, 20, 4)
+    assert cache.keys.dtype == torch.float64
