@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
-from shared.errors import UserError
-
-_MARKED = re.compile(r"(<!-- benchmark: (\S+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
-
 
 def speed_tables(result: dict) -> str:
     """The machine, its forwards against their floors, and the decodes, as Markdown."""
@@ -42,17 +34,3 @@ def speed_tables(result: dict) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def refreshed(text: str, root: Path) -> str:
-    """``text`` with what stands between ``<!-- benchmark: FILE -->`` and ``<!-- /benchmark -->`` made anew from the JSON ``root / FILE``."""
-
-    def table(match: re.Match) -> str:
-        path = root / match[2]
-        if not path.is_file():
-            raise UserError(
-                f"a README asks for {match[2]}, which is not there. Allowed: what eval.benchmark --json wrote"
-            )
-        return match[1] + speed_tables(json.loads(path.read_text(encoding="utf-8"))) + match[3]
-
-    return _MARKED.sub(table, text)

@@ -1,81 +1,115 @@
-"""Lines of JSON that a run appends as it goes, and that a later run finds."""
+"""Records that a run appends to files as it goes, and that a later run finds."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TextIO
 
-from shared.output import Completion
+from shared.errors import UserError
 
 
 class Store:
-    """Records with a ``key``, one JSON line each, flushed as they come; ``found`` are those of an earlier run, by key.
+    """Records in a folder, one JSON object a line, written to disk as they come; ``found`` are those of earlier runs, by their ``key``.
 
-    Every process writes a file of its own, ``predictions-RANK.jsonl``, and reads all of them. Without a folder nothing is kept.
+    Every process appends to a file of its own, ``NAME.jsonl`` or ``NAME.rank1.jsonl`` and so on, and reads all of them. Nothing is written before the
+    first record. ``run``: settings, kept in run.json, that all runs into one folder must share. ``resume`` off: what is there is not read, and this
+    process's file begins anew. Without a folder nothing is kept. Raises `UserError` where the folder cannot be used.
     """
 
-    def __init__(self, folder: str | Path | None, rank: int, resume: bool):
-        self.found: dict[str, dict] = {}
-        self.file = None
-        if folder is None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        name: str,
+        key: str,
+        *,
+        rank: int = 0,
+        run: dict | None = None,
+        resume: bool = True,
+    ):
+        self.root = None if folder is None else Path(folder)
+        self.key, self.rank, self.run, self.resume = key, rank, run, resume
+        self.file: TextIO | None = None
+        self.found: dict = {}
+        if self.root is None:
             return
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        self.path = self.root / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
+        check_writable(self.root)
+        if run is not None:
+            self._check_run()
         if resume:
-            self.found = texts_in(path)
-        self.file = opened(path / f"predictions-{rank}.jsonl", resume)
+            self.found = records_in(self.root, name, key)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def append(self, record: dict) -> None:
-        if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        """Write a record; it is on disk when this returns."""
+        if self.root is None:
+            return
+        if self.file is None:
+            self._open()
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
 
     def close(self) -> None:
-        if self.file:
+        if self.file is not None:
             self.file.close()
             self.file = None
 
+    def _open(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        if self.run is not None:
+            unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
+            unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, self.root / "run.json")
+        if self.resume and self.path.is_file():
+            os.truncate(self.path, len(whole_lines(self.path)))
+        self.file = self.path.open("a" if self.resume else "w", encoding="utf-8")
 
-def texts_in(folder: Path) -> dict[str, dict]:
-    """The finished texts that all processes left in a folder, by key."""
-    parts = sorted(folder.glob("predictions-*.jsonl"))
-    return {r["key"]: r for part in parts for r in read_lines(part) if "key" in r}
-
-
-def opened(path: Path, resume: bool) -> TextIO:
-    """The file, empty or (``resume``) to be appended to, after the half line that a killed run may have left."""
-    torn = resume and path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    file = path.open("a" if resume else "w", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a file, one a line; the half line that a killed run leaves is passed over."""
-    found = []
-    for line in path.read_bytes().split(b"\n"):
+    def _check_run(self) -> None:
+        """Raise `UserError` if the folder holds results of another run."""
+        settings = self.root / "run.json"
         try:
-            record = json.loads(line)
-        except ValueError:
+            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
+        except ValueError as error:
+            raise UserError(
+                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
+            ) from error
+        if not same:
+            raise UserError(
+                f"output folder {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` unless ``folder`` is one, or can be made."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output folder {str(folder)!r} is a file. Allowed: a folder")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours")
+
+
+def whole_lines(path: Path) -> bytes:
+    """The file less half a last line, which a killed run may leave."""
+    kept = path.read_bytes()
+    return kept[: kept.rfind(b"\n") + 1]
+
+
+def records_in(folder: Path, name: str, key: str) -> dict:
+    """The records that all processes left in a folder, by key; of several with one key the last."""
+    found = {}
+    for path in [folder / f"{name}.jsonl", *sorted(folder.glob(f"{name}.rank*.jsonl"))]:
+        if not path.is_file():
             continue
-        if isinstance(record, dict):
-            found.append(record)
+        try:
+            records = [json.loads(line) for line in whole_lines(path).split(b"\n") if line]
+            found |= {record[key]: record for record in records}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: not every line is a JSON object with {key!r} ({error})") from error
     return found
-
-
-def trace_of(completion: Completion) -> dict:
-    """What the comparison needs of a text's trace, position by position of the returned tokens; of each verify ``[step, span, accepted]`` and of each
-    edit ``[step, position in the text, old id, new id]``."""
-    trace, first = completion.trace, completion.trace.prompt_length
-    part = slice(first, first + len(completion.tokens))
-    return {
-        "ids": completion.tokens,
-        "step": trace.step_of[part],
-        "how": trace.how_of[part],
-        "rank": trace.rank_of[part],
-        "confidence": [round(c, 4) for c in trace.confidence_of[part]],
-        "verified": [[k, s, a] for k, (s, a) in enumerate(zip(trace.verified_span, trace.accepted, strict=True)) if s],
-        "edits": [[k, p - first, old, new] for k, p, old, new in trace.edits if p < part.stop],
-    }

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from eval import benchmark
-from eval.families import FAMILIES
 from eval.roofline import Machine, Touched, forward_work, touched_experts
-from eval.subjects import SHAPES, SUBJECTS, subject_of
+from eval.shapes import family_of, shapes
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
+from shared.family import FAMILIES
 from shared.gpu.graphs import Shape
 from tests.family_checks import golden_folder
 
@@ -69,11 +69,14 @@ def test_a_mixture_of_experts_tells_what_it_touched(capsys, tmp_path):
 
 
 def test_family_comes_from_shape_or_model():
-    assert subject_of(None, "llada2-mini", None) is SUBJECTS["LLaDA2"]
-    assert subject_of(None, None, str(golden_folder("Fast-dLLM-v2") / "model")) is SUBJECTS["Fast-dLLM-v2"]
-    assert subject_of(None, None, None) is SUBJECTS["SDAR"]
+    assert family_of(None, "llada2-mini", None) is FAMILIES["LLaDA2"]
+    assert family_of(None, None, str(golden_folder("Fast-dLLM-v2") / "model")) is FAMILIES["Fast-dLLM-v2"]
+    assert family_of(None, None, "Fast-dLLM-v2/tiny") is FAMILIES["Fast-dLLM-v2"]
+    assert family_of(None, None, None) is FAMILIES["SDAR"]
     with pytest.raises(UserError, match="Allowed with this shape or model: SDAR"):
-        subject_of("LLaDA2", "sdar-8b", None)
+        family_of("LLaDA2", "sdar-8b", None)
+    with pytest.raises(UserError, match="did you mean sdar-8b"):
+        family_of(None, "sdar-8", None)
 
 
 def test_scripted_acceptance_counts():
@@ -140,8 +143,8 @@ def test_experts_by_hand():
 )
 def test_a_named_shape_has_the_released_sizes(shape, size):
     """The 16B's bytes are known to three digits."""
-    family, config = SHAPES[shape]
-    kind = FAMILIES[family].model_class
+    family = FAMILIES[shapes()[shape]]
+    kind, config = family.networks["model"].model_class, family.shapes[shape]["model"]
     with torch.device("meta"):
         model = kind(kind.config_class(**config))
     assert 2 * sum(p.numel() for p in model.parameters()) == pytest.approx(

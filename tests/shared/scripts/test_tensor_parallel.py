@@ -24,7 +24,7 @@ from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World, check_agreement
 from shared.scripts.tensor_parallel import Group
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "tests" / "golden" / "SDAR" / "model"  # 4 heads, 2 key-value heads
 TINY = ROOT / "SDAR" / "tiny"  # 6 heads, 3 key-value heads
 PROMPTS = [[5, 17, 99, 3, 42, 7, 7, 1, 200], [11, 12], [150 + k for k in range(21)]]
