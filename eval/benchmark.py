@@ -7,7 +7,7 @@ python -m eval.benchmark --shape llada2-mini --decodes false  # forwards alone
 python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"block_length": 16}'
 
 Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes. The floor of a forward is what its bytes or its
-operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
+operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; beside it stands the share of the bandwidth in the device's datasheet at which those bytes were read. "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
 nothing, so `--accept N` keeps the first N tokens of every verified span whatever the verifier says; the acceptance rule still runs. A table for people,
 then one JSON line, always last.
 """
@@ -112,9 +112,11 @@ class Forwards:
     def add(self, name: str, seconds: float, work: Work, touched: Touched) -> None:
         name, ms, least = self.prefix + name, 1e3 * seconds, 1e3 * work.floor(self.machine)
         line = {"forward": name, "ms": round(ms, 3), "floor_ms": round(least, 3), "over_floor": round(ms / least, 2)}
-        line["read_bytes"] = round(work.read_bytes)
+        share = self.machine.of_datasheet(work.read_bytes / seconds)
+        line |= {"read_bytes": round(work.read_bytes), "of_datasheet": None if share is None else round(share, 3)}
         self.rows.append(line)
-        print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x", flush=True)
+        shown = "" if share is None else f"   {100 * share:5.1f} % of the datasheet bandwidth"
+        print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x{shown}", flush=True)
         if touched.experts:
             layers = len(expert_layers(self.model))
             read = touched.experts * expert_sizes(self.model)[1] * self.model.lm_head.weight.element_size()

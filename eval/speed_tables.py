@@ -11,13 +11,16 @@ def speed_tables(result: dict) -> str:
         f"{machine['operations_per_second'] / 1e12:.0f} TFLOP/s. Context {result['context']}, block length {result['block_length']}; "
         f"{result['capture_seconds']:.0f} s to capture graphs.",
         "",
-        "| forward | ms | floor ms | over the floor |",
-        "|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['forward']} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['over_floor']:.2f} x |"
-        for r in result["forwards"]
-    ]
+    # Records made before there was a table of datasheets have no such share.
+    known = any(r.get("of_datasheet") is not None for r in result["forwards"])
+    head = ["forward", "ms", "floor ms", "over the floor"] + ["% of the datasheet bandwidth"] * known
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for r in result["forwards"]:
+        cells = [r["forward"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}", f"{r['over_floor']:.2f} x"]
+        if known:
+            cells.append("" if r["of_datasheet"] is None else f"{100 * r['of_datasheet']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     if result["decodes"]:
         head = ["decode", "tokens/s", "forwards/token", "ms a forward in the loop", "ms a step outside forwards"]
         head.append("memory over weights and cache")

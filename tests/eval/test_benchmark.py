@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval import benchmark
-from eval.roofline import Machine, Touched, forward_work, touched_experts
+from eval.roofline import Machine, Touched, Work, forward_work, touched_experts
 from eval.shapes import family_of, shapes
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
@@ -45,7 +45,7 @@ def test_runs_on_a_cpu(capsys, tmp_path):
     assert "x" in out
     assert [d["rows"] for d in result["decodes"]] == [1, 1, 2, 2]
     assert all(d["tokens_per_second"] > 0 for d in result["decodes"])
-    assert all(r["ms"] > 0 and r["floor_ms"] > 0 for r in result["forwards"])
+    assert all(r["ms"] > 0 and r["floor_ms"] > 0 and r["of_datasheet"] is None for r in result["forwards"])
     assert json.loads((tmp_path / "r.json").read_text()) == result
     assert "microseconds and launches a step" in (tmp_path / "p.txt").read_text()
 
@@ -116,6 +116,21 @@ def test_floor_by_hand():
     no_head = forward_work(model, entries=1, tokens=5, logits=0, context=0, causal=True)
     assert no_head.read_bytes == 4 * body
     assert no_head.operations == 2 * body * 5 + 4 * (5 * 2.5) * (2 * 4)
+
+
+def test_share_of_the_data_sheet():
+    assert Machine("NVIDIA H200", read=4.3e12, rate=1.0).of_datasheet(2.4e12) == 0.5
+    assert Machine("NVIDIA H100 80GB HBM3", read=1.0, rate=1.0).of_datasheet(3.35e12) == 1
+    assert Machine("CPU, 2 threads", read=1e10, rate=1.0).of_datasheet(1e10) is None
+
+
+def test_a_known_device_shows_it(capsys):
+    table = benchmark.Forwards(None, Machine("NVIDIA L40S", read=0.8e12, rate=1e15), None, 8, 16, "drafter: ")
+    table.add("draft", 2.0, Work(read_bytes=0.864e12, operations=0.0), Touched())
+    assert table.rows == [
+        {"forward": "drafter: draft", "ms": 2000.0, "floor_ms": 1080.0, "over_floor": 1.85, "read_bytes": 864000000000, "of_datasheet": 0.5}
+    ]  # fmt: skip
+    assert "50.0 % of the datasheet bandwidth" in capsys.readouterr().out
 
 
 def test_experts_by_hand():
