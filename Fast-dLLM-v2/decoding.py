@@ -2,49 +2,49 @@
 
 Each step drafts the current small block of every row, may verify its first masked span, unmasks by confidence where nothing was verified, and
 commits blocks that are finished. A commit yields the first token of the next block. Plain decoding is the same loop with a policy that
-never verifies. In a `Batch` of this family a "block" is a small block.
+never verifies. To the cursor of this family a "block" is a small block.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fast_dllm_v2.cursor import NOT_A_NUMBER, SmallBlocks, furthest
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM, previous_row
 from fast_dllm_v2.options import Cache, Options, StandardOptions
-from fast_dllm_v2.rows import NOT_A_NUMBER, Rows
 from shared.decode import run as shared_run
-from shared.decode.batch import Finished, whole_blocks
-from shared.decode.calls import check_call, check_prompts, split_call
-from shared.decode.run import (
-    Judged,
+from shared.decode import steps
+from shared.decode.calls import Call, Job, checked, split_call
+from shared.decode.cursor import Finished
+from shared.decode.lanes import Lane
+from shared.decode.run import block_canvas, inference, policy_of
+from shared.decode.steps import (
+    Outcome,
     Verified,
     View,
+    decide,
+    decide_verified,
     draft_of,
     emit,
-    finish_step,
-    inference,
-    judged,
     naming_the_layer,
-    output_of,
-    policy_of,
-    source_of,
+    record,
+    stream,
 )
-from shared.decode.stop_strings import StopStrings
 from shared.errors import UserError
 from shared.gpu.engine import Engine, Inputs, Staged
 from shared.gpu.graphs import Shape
 from shared.network import masks
-from shared.output import Completion, Lossless, Output
-from shared.policy.accept import Verdict, accept_span, losslessness, verified_choice
+from shared.network.kv_cache import Where
+from shared.output import Lossless, Output
+from shared.policy.accept import self_speculative_losslessness, verified_choice
 from shared.policy.draft import Choice, Draft
 from shared.policy.sampling import GREEDY_BELOW, sample
 from shared.policy.unmask import above_threshold
-from shared.scripts.prompts import as_prompts
 from shared.trace import How
 
 _NO_CACHE = Cache()
@@ -54,8 +54,10 @@ _NO_CACHE = Cache()
 class Run(shared_run.Run):
     """One decode of this family in progress."""
 
-    batch: Rows
-    causal_rows: Tensor | None = None  # [rows]: leading rows of each row's block that draft_ver has made causal
+    STATE: ClassVar[tuple[str, ...]] = ("causal_rows", "next_logits")
+
+    cursor: SmallBlocks
+    causal_rows: Tensor | None = None  # [rows]: first rows of each row's block, which draft_ver has made causal
     next_logits: Tensor | None = None  # [rows, V]: what the last verify says follows the block (reuse_verify)
 
     @property
@@ -73,79 +75,46 @@ class Run(shared_run.Run):
 
     def plain_forward(self, rows: list[int]) -> Tensor:
         """One pass over the blocks of ``rows`` through the network as it is, from which numbers that broke can be traced."""
-        ids, positions = self.batch.whole(self.batch.index(rows))
-        return self.model(ids, positions, self.cache.window(self.batch.window, rows), None)
+        ids, positions = self.cursor.whole(self.canvas.index(rows))
+        return self.lane.model(ids, positions, self.cache.window(self.cursor.window, rows), None)
 
 
 @inference
-def decode(
-    model: Fast_dLLM_QwenForCausalLM,
-    input_ids,
-    options: StandardOptions,
-    *,
-    attention_mask=None,
-    uniforms: Sequence[Sequence[float]] | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    tokenizer=None,
-    requests: Sequence[int] | None = None,
-    stop: Sequence[str] = (),
-    on_block: Callable[[int, list[int]], None] | None = None,
-    on_finish: Callable[[Completion], None] | None = None,
-    accept_rule: Callable[..., Verdict] = accept_span,
-) -> Output:
+def decode(model: Fast_dLLM_QwenForCausalLM, input_ids, options: StandardOptions, call: Call) -> Output:
     """Decode every prompt of ``input_ids`` (ids ``[P]`` or ``[B, P]``, or a list of id lists) -> `Output`.
 
-    ``attention_mask`` marks padding in a ``[B, P]`` tensor. ``batch_size`` rows are in flight at a time (default: all); waiting prompts
-    join as rows finish. ``stop``: a text ends with the small block in which one of these strings appears, and is cut before it (needs
-    ``tokenizer``). Randomness comes from ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests``
-    numbers the prompts otherwise than 0, 1, 2, ... ``on_block(request, new_ids)`` is called as small blocks finish, ``on_finish(completion)``
-    as texts do. ``accept_rule`` replaces `shared.policy.accept.accept_span`. Raises `UserError` before any forward when a prompt or an option does not fit.
+    A text ends with the small block in which a stop string appears. Raises `UserError` before any forward when a prompt, an option or the call does not fit.
     """
-    began = time.perf_counter()
-    prompts = as_prompts(input_ids, attention_mask)
-    options = resolve(model, options, tokenizer)
-    check_prompts(prompts, options.blocks, model.config)
-    check_call(len(prompts), requests, uniforms, batch_size, seed)
-    run = start(
-        model, prompts, options, requests, min(batch_size or len(prompts), len(prompts)), uniforms, seed, accept_rule
-    )
-    text_of = None if tokenizer is None else lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-    stops = StopStrings(stop, text_of, run.batch)
-    done: dict[int, Completion] = {}
-    while run.batch.waiting or run.batch.active:
-        ended = prefill(run, stops, on_block)
-        rows = [i for i in run.batch.active if i not in ended]
+    run = start(model, checked(model, input_ids, options, call, resolve))
+    while run.canvas.waiting or run.canvas.active:
+        ended = prefill(run)
+        rows = [i for i in run.canvas.active if i not in ended]
         if rows:
-            draft, wish = propose(run, rows)
-            picked = route(run, rows, wish)
-            verified = verify(run, rows, draft, picked)
-            ended += move_on(run, finish_step(run, rows, draft, verified, decided), stops, on_block)
-        emit(run, ended, stops, done, options.blocks, on_finish)
-    return output_of(run, done, began, _lossless(run.options))
+            draft, wanted = propose(run, rows)
+            verified = verify(run, rows, draft, route(run, rows, wanted))
+            ended += move_on(run, decide(run, rows, draft, verified, decided))
+        emit(run, ended)
+    return run.output(_lossless(run.options))
 
 
-def start(model, prompts, options: StandardOptions, requests, rows: int, uniforms, seed: int, accept_rule) -> Run:
-    """Allocate the batch, the cache and the policy's state for ``rows`` rows, as large as an engine that may be there already."""
-    blocks, device = options.blocks, model.device
-    length, small = blocks.block_length, blocks.small_block_length
-    # Whole blocks, the token after the last, and the small block it begins; a verify beside a block cache is written behind the block.
-    furthest = whole_blocks(max(map(len, prompts)) + blocks.max_new_tokens, length) + length
-    slots = furthest + length * options.block_cache.use_block_cache
-    engine = Engine.of(model, rows, slots, length, options.runtime, forward_kinds(options))
-    allocated, slots = len(engine.cache.lengths), engine.cache.slots
+def start(model: Fast_dLLM_QwenForCausalLM, job: Job) -> Run:
+    """Allocate canvas, cache and the policy's state, as large as an engine that may be there already."""
+    options, blocks, small = job.options, job.options.blocks, job.options.blocks.small_block_length
+    # A verify beside a block cache is written behind the block.
+    slots = furthest([len(p) for p in job.prompts], blocks)
+    slots += blocks.block_length * options.block_cache.use_block_cache
+    engine = Engine.of(model, job.rows, slots, forward_kinds(options), options.runtime)
     per_block = small * (small + 1) + 1 if options.sampling.temperature >= GREEDY_BELOW else 0
     per_block += small * (small + 3) // 2 if isinstance(options, Options) else 0
-    source = source_of(engine, per_block, (small, blocks.max_new_tokens), uniforms, seed)
-    batch = Rows(prompts, blocks, requests=requests, rows=rows, device=device, uniforms=source, room=(allocated, slots))
-    policy = policy_of(options, allocated, device)
-    causal_rows = torch.zeros(allocated, dtype=torch.long, device=device)
-    new = Run(model, options, batch, engine, policy, accept_rule, causal_rows=causal_rows)
-    if new.reuse_verify:
-        new.next_logits = torch.zeros(allocated, model.config.vocab_size, dtype=model.dtype, device=device)
-    constants = (replace(options, blocks=replace(blocks, max_new_tokens=1)), accept_rule)
-    new.phase = engine.phases_for(constants, [new, batch, source, policy])
-    return new
+    canvas = block_canvas(job, engine, block_length=small, steps=small, per_block=per_block)
+    cursor, policy = SmallBlocks(canvas, blocks), policy_of(options, len(canvas.tokens), model.device)
+    run = Run(job, canvas, cursor, {"model": Lane("model", engine, canvas)}, policy)
+    run.causal_rows = torch.zeros_like(cursor.start)
+    if run.reuse_verify:
+        size = (len(canvas.tokens), model.config.vocab_size)
+        run.next_logits = torch.zeros(size, dtype=model.dtype, device=model.device)
+    run.run_phases_with(canvas, cursor, canvas.uniforms, policy)
+    return run
 
 
 def forward_kinds(options: StandardOptions) -> list[Shape]:
@@ -175,42 +144,49 @@ def resolve(model: Fast_dLLM_QwenForCausalLM, options: StandardOptions, tokenize
     return replace(options, blocks=blocks)
 
 
-def prefill(run: Run, stops: StopStrings, on_block) -> list[int]:
+def prefill(run: Run) -> list[int]:
     """Admit and encode waiting prompts; returns the rows that are finished already. A prompt of whole blocks also gets its first token."""
-    batch, filled = run.batch, []
-    rows = shared_run.prefill(run, lambda run, group: filled.extend(encode_prompts(run, group)))
+    filled: list[Finished] = []
+    rows = steps.prefill(run, lambda run, group: filled.extend(encode_prompts(run, group)))
     run.causal_rows[rows] = 0
-    over = [f.row for f in filled if f.last]
-    if on_block:
-        for i in over:
-            on_block(batch.rows[i].request, batch.new_tokens(i))
-    ended = over + move_on(run, [f for f in filled if not f.last], stops, on_block)
-    return ended + [i for i in rows if i not in ended and batch.rows[i].start >= batch.rows[i].total]
+    over = ended_at_once(run, filled)
+    ended = over + move_on(run, [f for f in filled if not f.last])
+    blocks = run.cursor.blocks
+    return ended + [i for i in rows if i not in ended and blocks[i].start >= blocks[i].total]
+
+
+def ended_at_once(run: Run, finished: Iterable[Finished]) -> list[int]:
+    """The rows among ``finished`` whose text has ended with the token after a block; these are streamed."""
+    over = [f.row for f in finished if f.last]
+    stream(run, over)
+    return over
 
 
 def encode_prompts(run: Run, rows: list[int]) -> list[Finished]:
     """One forward over the whole blocks of the prompts of ``rows``, all of which have some; it gives prompts of nothing else their first token."""
-    batch, index, counts = run.batch, run.batch.index(rows), [run.batch.prefilled(i) for i in rows]
-    tokens, device = max(counts), index.device
-    causal = run.cache_options.cache_ver
-    mask = masks.token_causal(tokens, device) if causal else masks.block_causal(tokens, batch.window, device)
-    ids = batch.tokens[index, :tokens]
-    positions = torch.arange(tokens, device=device).expand_as(ids)
+    canvas, counts = run.canvas, [run.cursor.prefilled(i) for i in rows]
+    window = run.cache.window(max(counts), rows)
+    device, causal = canvas.tokens.device, run.cache_options.cache_ver
+    mask = masks.token_causal(window.tokens, device)
+    mask = mask if causal else masks.block_causal(window.tokens, run.cursor.window, device)
+    ids = canvas.tokens[window.where.rows, : window.tokens]
+    positions = torch.arange(window.tokens, device=device).expand_as(ids)
     # Shorter rows are padded with what follows their blocks: later tokens, which earlier ones never see.
-    inputs = Inputs(ids, positions, index, mask, logits_at=batch.index(counts)[:, None] - 1)
-    logits = run.forward("prefill", rows, inputs, tokens)
+    inputs = Inputs(ids, positions, mask, logits_at=canvas.index(counts)[:, None] - 1)
+    logits = run.forward("prefill", rows, inputs, window)
     run.cache.commit(counts, rows)
-    whole = [k for k, i in enumerate(rows) if len(batch.rows[i].prompt) == counts[k]]
+    whole = [k for k, i in enumerate(rows) if len(canvas.rows[i].prompt) == counts[k]]
     return put_next(run, [rows[k] for k in whole], logits[whole, 0])
 
 
 def put_next(run: Run, rows: list[int], logits: Tensor | None) -> list[Finished]:
-    """Choose and write the token that follows the last committed block of ``rows``, from its logits ``[b, V]`` (one read; see `Rows.finish_next`)."""
+    """Choose and write the token that follows the last committed block of ``rows``, from its logits ``[b, V]`` (one read; see
+    `SmallBlocks.finish_next`)."""
     if not rows:
         return []
-    tokens = run.phase(next_tokens, run, run.batch.index(rows), logits)
+    tokens = run.phase(next_tokens, run, run.canvas.index(rows), logits)
     with naming_the_layer(run, rows):
-        return run.batch.finish_next(rows, tokens.tolist())
+        return run.cursor.finish_next(rows, tokens.tolist())
 
 
 def next_tokens(run: Run, index: Tensor, logits: Tensor) -> Tensor:
@@ -218,9 +194,9 @@ def next_tokens(run: Run, index: Tensor, logits: Tensor) -> Tensor:
     sampling, uniform = run.options.sampling, None
     temperature = 0.0 if run.options.blocks.greedy_next else sampling.temperature
     if temperature >= GREEDY_BELOW:
-        uniform = run.batch.uniforms.take(index, 1, 1)[:, 0]
+        uniform = run.canvas.uniforms.take(index, 1, 1)[:, 0]
     tokens, confidence = sample(run.suppress_mask(logits), uniform, temperature, sampling.top_k, sampling.top_p)
-    run.batch.write_next(index, tokens)
+    run.cursor.write_next(index, tokens)
     return torch.where(confidence.isfinite(), tokens, NOT_A_NUMBER)
 
 
@@ -229,60 +205,58 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
 
     The forward covers the whole block; with the block cache it covers the small block alone once that has begun.
     """
-    batch = run.batch
-    cache = run.options.block_cache
-    begun = [i in batch.begun or not cache.refresh_block_cache for i in rows]
-    within = [cache.use_block_cache and b and batch.rows[i].block_cached for b, i in zip(begun, rows, strict=True)]
+    cursor, cache = run.cursor, run.options.block_cache
+    begun = [i in cursor.begun or not cache.refresh_block_cache for i in rows]
+    within = [cache.use_block_cache and b and cursor.blocks[i].cached for b, i in zip(begun, rows, strict=True)]
     if len(set(within)) == 1:
-        view = run.phase(draft_inputs, run, batch.index(rows), within[0])
-        return run.phase(drafted, run, view, draft_forward(run, rows, view, within[0]))
+        return run.phase(drafted, run, *draft_forward(run, rows, within[0]))
     logits = None
     for inside in (False, True):
         chosen = [k for k, w in enumerate(within) if w == inside]
-        these = [rows[k] for k in chosen]
-        view = run.phase(draft_inputs, run, batch.index(these), inside)
-        found = draft_forward(run, these, view, inside)
+        _, found = draft_forward(run, [rows[k] for k in chosen], inside)
         logits = found.new_empty(len(rows), *found.shape[1:]) if logits is None else logits
-        logits[batch.index(chosen)] = found
-    return run.phase(drafted, run, run.phase(block_view, run, batch.index(rows)), logits)
+        logits[run.canvas.index(chosen)] = found
+    return run.phase(drafted, run, run.phase(block_view, run, run.canvas.index(rows)), logits)
+
+
+def draft_forward(run: Run, rows: list[int], within: bool) -> tuple[View, Tensor]:
+    """The small blocks of ``rows`` and logits ``[b, small, V]`` of a draft of their whole blocks, or ``within`` these of the small ones alone."""
+    cursor = run.cursor
+    if within:
+        offsets = [cursor.offset_of(i) for i in rows]
+        window = run.cache.window(cursor.block_length, rows, offset=offsets, width=cursor.window)
+    else:
+        window = run.cache.window(cursor.window, rows)
+        for i in rows:
+            cursor.blocks[i].cached = True
+    view = run.phase(draft_inputs, run, window.where, within)
+    return view, run.forward("draft", rows, view.staged, window)
 
 
 def block_view(run: Run, index: Tensor) -> View:
     """The small blocks of rows ``index [b]``."""
-    block = run.batch.block(index)
-    return View(index, block, block == run.batch.mask_id)
+    block = run.cursor.block(index)
+    return View(index, block, block == run.canvas.mask_id)
 
 
-def draft_inputs(run: Run, index: Tensor, within: bool) -> View:
-    """The small blocks of rows ``index [b]``, and the inputs of a draft: their whole blocks, or ``within`` these the small ones alone.
+def draft_inputs(run: Run, where: Where, within: bool) -> View:
+    """The small blocks of all entries, and the inputs of a draft: their whole blocks, or ``within`` these the small ones alone.
 
     A draft within sees the keys that the block's other positions were last given.
     """
-    batch, view, options = run.batch, block_view(run, index), run.cache_options
-    mask = None
+    cursor, index, options = run.cursor, where.rows, run.cache_options
+    view, mask = block_view(run, index), None
     if options.draft_ver:
         known = view.masked.int().argmax(-1)
-        known = known + batch.offset(index) if options.draft_ver_rows == "block" else known
+        known = known + cursor.offset(index) if options.draft_ver_rows == "block" else known
         run.causal_rows[index] = torch.maximum(run.causal_rows[index], known)
-        mask = masks.causal_until(run.causal_rows[index], batch.window)
+        mask = masks.causal_until(run.causal_rows[index], cursor.window)
     if within:
-        at = previous_row(torch.arange(batch.block_length, device=index.device)).expand(len(index), -1)
-        ids, positions, offset = view.block, batch.positions(index), batch.offset(index)
-        inputs = Inputs(ids, positions, index, logits_at=at, offset=offset, width=batch.window)
+        at = previous_row(torch.arange(cursor.block_length, device=index.device)).expand(len(index), -1)
+        inputs = Inputs(view.block, cursor.positions(index), logits_at=at)
     else:
-        inputs = Inputs(*batch.whole(index), index, mask, logits_at=previous_row(batch.places(index)))
-    return replace(view, staged=run.engine.stage(inputs))
-
-
-def draft_forward(run: Run, rows: list[int], view: View, within: bool) -> Tensor:
-    """Logits ``[b, small, V]`` of a draft."""
-    batch = run.batch
-    if within:
-        place = {"offset": [batch.rows[i].start % batch.window for i in rows], "width": batch.window}
-        return run.forward("draft", rows, view.staged, batch.block_length, **place)
-    for i in rows:
-        batch.rows[i].block_cached = True
-    return run.forward("draft", rows, view.staged, batch.window)
+        inputs = Inputs(*cursor.whole(index), mask, logits_at=previous_row(cursor.slots(index)))
+    return replace(view, staged=run.stage(inputs, where))
 
 
 def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]:
@@ -293,63 +267,56 @@ def drafted(run: Run, view: View, logits: Tensor) -> tuple[Draft, Tensor | None]
     return draft, decision if run.policy.constant is None else None
 
 
-def route(run: Run, rows: list[int], wish: Tensor | None) -> list[int]:
+def route(run: Run, rows: list[int], wanted: Tensor | None) -> list[int]:
     """Which rows of the draft to verify. One read; none when the answer does not depend on the draft."""
-    if wish is None:
+    if wanted is None:
         return list(range(len(rows))) if run.policy.constant else []
-    return [k for k, verify in enumerate(wish.tolist()) if verify]
+    return [k for k, verify in enumerate(wanted.tolist()) if verify]
 
 
-def verify(run: Run, rows: list[int], draft: Draft, picked: list[int]) -> Verified | None:
-    """Verify the first masked span of the picked rows in one causal forward from the block's start to the small block's end (S2D2)."""
-    if not picked:
+def verify(run: Run, rows: list[int], draft: Draft, chosen: list[int]) -> Verified | None:
+    """Verify the first masked span of the chosen rows in one causal forward from the block's start to the small block's end (S2D2)."""
+    if not chosen:
         return None
-    batch, apart = run.batch, run.options.block_cache.use_block_cache
-    these = [rows[k] for k in picked]
-    tokens = max(batch.rows[i].start % batch.window for i in these) + batch.block_length
-    index = None if len(picked) == len(rows) else batch.index(picked)
-    queries, staged = run.phase(verify_inputs, run, draft, index, tokens)
-    place = {"offset": batch.window} if apart else {}
-    return Verified(index, queries, run.forward("verify", these, staged, tokens, **place))
+    cursor, these = run.cursor, [rows[k] for k in chosen]
+    tokens = max(cursor.offset_of(i) for i in these) + cursor.block_length
+    # Beside a block cache it is written behind the block, which it does not see.
+    window = run.cache.window(tokens, these, offset=cursor.window * run.options.block_cache.use_block_cache)
+    index = None if len(chosen) == len(rows) else run.canvas.index(chosen)
+    queries, staged = run.phase(verify_inputs, run, draft, index, window.where, tokens)
+    return Verified(index, queries, run.forward("verify", these, staged, window))
 
 
-def verify_inputs(run: Run, draft: Draft, index: Tensor | None, tokens: int):
-    """``(queries [v, small], inputs)`` of a verify over the first ``tokens`` of the block. Beside a block cache it is written behind the block, unseen."""
-    batch = run.batch
-    part = draft if index is None else draft.select(index)
-    (ids, positions), places = batch.whole(part.rows), batch.places(part.rows)
-    ids = ids.scatter(1, places, torch.where(part.masked, part.tokens, part.block))
-    at = torch.cat([previous_row(places), torch.full_like(places[:, :1], tokens - 1)], 1)
-    inputs = Inputs(
-        ids[:, :tokens], positions[:, :tokens], part.rows, masks.token_causal(tokens, ids.device), logits_at=at
-    )
-    if run.options.block_cache.use_block_cache:
-        unseen = torch.zeros(tokens, batch.window, dtype=torch.bool, device=ids.device)
-        offset = torch.full_like(part.rows, batch.window)
-        inputs = replace(inputs, mask=torch.cat([unseen, inputs.mask], 1), offset=offset, width=batch.window + tokens)
-    queries = torch.arange(batch.block_length, device=ids.device).expand(len(part.rows), -1)
-    return queries, run.engine.stage(inputs)
+def verify_inputs(run: Run, draft: Draft, index: Tensor | None, where: Where, tokens: int):
+    """``(queries [v, small], inputs)`` of a verify over the first ``tokens`` of the block."""
+    cursor, part = run.cursor, draft if index is None else draft.select(index)
+    (ids, positions), slots = cursor.whole(where.rows), cursor.slots(where.rows)
+    ids = ids.scatter(1, slots, torch.where(part.masked, part.tokens, part.block))
+    at = torch.cat([previous_row(slots), torch.full_like(slots[:, :1], tokens - 1)], 1)
+    mask = masks.token_causal(tokens, ids.device)
+    if where.width:
+        unseen = torch.zeros(tokens, cursor.window, dtype=torch.bool, device=ids.device)
+        mask = torch.cat([unseen, mask], 1)
+    queries = torch.arange(cursor.block_length, device=ids.device).expand(len(ids), -1)
+    return queries, run.stage(Inputs(ids[:, :tokens], positions[:, :tokens], mask, logits_at=at), where)
 
 
 def decided(run: Run, draft: Draft, verified: Verified | None) -> Tensor:
-    """What the step writes: the verified prefix, or where nothing was verified what the threshold takes. Returns what `Rows.finish_step` reads."""
-    choice, reach, finite = judged(run, draft, verified, verdict_on)
+    """What the step writes: the verified prefix, or where nothing was verified what the threshold takes. Returns what `decide` reads."""
+    choice, reach, finite = decide_verified(run, draft, verified, outcome_of)
     unmask(run, draft, choice)
-    run.policy.observe(draft, reach > 0, choice.count)
-    return run.batch.record(draft, choice, reach, finite)
+    return record(run, draft, choice, reach, finite)
 
 
-def verdict_on(run: Run, draft: Draft, verified: Verified) -> Judged:
+def outcome_of(run: Run, draft: Draft, verified: Verified) -> Outcome:
     """What a causal verify decides for a draft all of whose rows were verified; it also predicts the token that follows the block."""
-    options, small, logits = run.options, run.batch.block_length, run.suppress_mask(verified.logits)
+    options, small, logits = run.options, run.cursor.block_length, run.suppress_mask(verified.logits)
     if run.next_logits is not None:
         run.next_logits[draft.rows] = logits[:, -1]
     # A rejection is replaced from the residual against what was really drafted from, whatever the verifier's temperature.
     drafted = replace(draft, sampling=replace(options.sampling, verify_temperature=None))
-    source = run.batch.uniforms
-    verdict = run.accept_rule(
-        drafted, logits[:, :small], verified.queries, options.acceptance, options.sampling, source
-    )
+    rule, source = run.job.call.accept_rule, run.canvas.uniforms
+    verdict = rule(drafted, logits[:, :small], verified.queries, options.acceptance, options.sampling, source)
     choice = verified_choice(draft, verdict, options.acceptance, keep_rejected=False)
     return choice, torch.full_like(draft.rows, small), verdict.finite
 
@@ -362,36 +329,30 @@ def unmask(run: Run, draft: Draft, choice: Choice) -> None:
     choice.add(take, draft.tokens, How.UNMASKED)
 
 
-def move_on(run: Run, finished: list[Finished], stops: StopStrings, on_block) -> list[int]:
+def move_on(run: Run, finished: list[Finished]) -> list[int]:
     """Move the rows of finished small blocks on, committing blocks at their ends; returns the rows whose text has ended.
 
     The token after a commit may complete a small block of one, so this repeats until no row is complete.
     """
-    batch, blocks, ended = run.batch, run.options.blocks, []
+    ended: list[int] = []
     while finished:
-        finished = stops.end(finished)
-        if on_block:
-            for f in finished:
-                on_block(batch.rows[f.row].request, batch.new_tokens(f.row))
+        finished = run.stops.end(finished)
+        stream(run, [f.row for f in finished])
         keep = [f for f in finished if at_block_end(run, f) and wants_commit(run, f)]
         logits, kept = commit(run, keep), [f.row for f in keep]
         # The published length has one token after the last block.
-        over = [f.row for f in finished if f.last and not (blocks.round_to_blocks and f.row in kept)]
-        batch.advance([f.row for f in finished if f.row not in over])
+        over = [f.row for f in finished if f.last and not (run.cursor.round_to_blocks and f.row in kept)]
+        run.cursor.advance([f.row for f in finished if f.row not in over])
         follow = [k for k, row in enumerate(kept) if row not in over]
         finished = put_next(run, [kept[k] for k in follow], logits[follow] if follow else None)
-        if on_block:
-            for f in finished:
-                if f.last:
-                    on_block(batch.rows[f.row].request, batch.new_tokens(f.row))
-        ended += over + [f.row for f in finished if f.last]
+        ended += over + ended_at_once(run, finished)
         finished = [f for f in finished if not f.last]
     return ended
 
 
 def at_block_end(run: Run, finished: Finished) -> bool:
     """Is this small block the last of its block?"""
-    return (run.batch.rows[finished.row].start + run.batch.block_length) % run.batch.window == 0
+    return run.cursor.offset_of(finished.row) + run.cursor.block_length == run.cursor.window
 
 
 def wants_commit(run: Run, finished: Finished) -> bool:
@@ -403,45 +364,43 @@ def wants_commit(run: Run, finished: Finished) -> bool:
 def commit(run: Run, keep: list[Finished]) -> Tensor | None:
     """Keep the keys and values of finished blocks, by a forward of the final tokens unless a verify was one; logits ``[k, V]`` of the tokens that
     follow (None without blocks)."""
-    batch, length = run.batch, run.batch.window
-    rows = [f.row for f in keep]
+    canvas, length, rows = run.canvas, run.cursor.window, [f.row for f in keep]
     now = [k for k, f in enumerate(keep) if not (run.reuse_verify and f.verified_to)]
-    logits = None if run.next_logits is None else run.next_logits[batch.index(rows)]
+    logits = None if run.next_logits is None else run.next_logits[canvas.index(rows)]
     if now:
         these = [rows[k] for k in now]
-        found = run.forward("commit", these, run.phase(commit_inputs, run, batch.index(these)), length)[:, 0]
-        logits = found if len(now) == len(keep) else logits.index_copy(0, batch.index(now), found)
+        window = run.cache.window(length, these)
+        found = run.forward("commit", these, run.phase(commit_inputs, run, window.where), window)[:, 0]
+        logits = found if len(now) == len(keep) else logits.index_copy(0, canvas.index(now), found)
     run.cache.commit([length] * len(rows), rows)
     run.causal_rows[rows] = 0
     for i in rows:
-        batch.rows[i].block_cached = False
+        run.cursor.blocks[i].cached = False
     return logits
 
 
-def commit_inputs(run: Run, index: Tensor) -> Inputs | Staged:
-    """The blocks of rows ``index [b]`` as they are, and the logits of the token that follows."""
-    ids, positions = run.batch.whole(index)
-    mask = masks.token_causal(run.batch.window, ids.device) if run.cache_options.cache_ver else None
-    at = torch.full_like(ids[:, :1], run.batch.window - 1)
-    return run.engine.stage(Inputs(ids, positions, index, mask, logits_at=at))
+def commit_inputs(run: Run, where: Where) -> Inputs | Staged:
+    """The blocks of all entries as they are, and the logits of the token that follows."""
+    ids, positions = run.cursor.whole(where.rows)
+    mask = masks.token_causal(run.cursor.window, ids.device) if run.cache_options.cache_ver else None
+    at = torch.full_like(ids[:, :1], run.cursor.window - 1)
+    return run.stage(Inputs(ids, positions, mask, logits_at=at), where)
 
 
 def _lossless(options: StandardOptions) -> Lossless:
-    bent = options.blocks.greedy_next and options.sampling.temperature >= GREEDY_BELOW
+    drawn_greedily = options.blocks.greedy_next and options.sampling.temperature >= GREEDY_BELOW
     reason = "greedy_next takes the likeliest token after a block"
     if options.blocks.block_length == 1:
-        return Lossless(False, reason) if bent else Lossless(True, "block size one is the law itself")
+        exact = Lossless(True, "block size 1 is the reference, so it is exact by definition")
+        return Lossless(False, reason) if drawn_greedily else exact
     if isinstance(options, Options):
-        return losslessness(
-            options,
-            {reason: bent, "round_to_blocks returns tokens past max_new_tokens": options.blocks.round_to_blocks},
-        )
+        rounded = {"round_to_blocks returns tokens past max_new_tokens": options.blocks.round_to_blocks}
+        return self_speculative_losslessness(options, {reason: drawn_greedily, **rounded})
     return Lossless(False, "plain block diffusion takes tokens of one step independently of each other")
 
 
 def generate(
     kind: type[StandardOptions], model, input_ids, options: StandardOptions | None, uniforms, flat: dict
 ) -> Output:
-    """Behind every ``generate`` function of the family: split ``flat`` into call keywords and options, check the latter, decode."""
-    options, call = split_call(kind, options, flat)
-    return decode(model, input_ids, options, uniforms=uniforms, **call)
+    """Behind every ``generate`` function of the family: split ``flat`` into call and options, check the latter, decode."""
+    return decode(model, input_ids, *split_call(kind, options, {**flat, "uniforms": uniforms}))

@@ -12,17 +12,17 @@ from shared.output import Output
 def generate_fast(model, input_ids, options: StandardOptions | None = None, *, uniforms=None, **flat) -> Output:
     """Decode ``input_ids`` by blocks, small blocks and a confidence threshold (Fast-dLLM v2).
 
-    ``options`` is a `StandardOptions`; flat keywords change single fields (``confidence_threshold=0.9``) and are checked. Keywords of
-    `decoding.decode` (``seed``, ``batch_size``, ``tokenizer``, ...) pass through.
+    ``options`` is a `StandardOptions`; flat keywords change single fields (``confidence_threshold=0.9``) and are checked. Fields of
+    `shared.decode.calls.Call` (``seed``, ``batch_size``, ``tokenizer``, ...) are keywords too.
     """
     return decoding.generate(StandardOptions, model, input_ids, options, uniforms, flat)
 
 
 def generate_ssd(model, input_ids, options: Options | None = None, *, uniforms=None, **flat) -> Output:
     """Decode by self-speculation, verifying spans from ``min_ssd_span_length`` on: ``generate_ssd_policy`` with that one policy."""
-    options, call = split_call(Options, options, flat)
+    options, call = split_call(Options, options, {**flat, "uniforms": uniforms})
     only_span_length(options)
-    return decoding.decode(model, input_ids, options, uniforms=uniforms, **call)
+    return decoding.decode(model, input_ids, options, call)
 
 
 def only_span_length(options: Options) -> None:

@@ -16,7 +16,7 @@ from fast_dllm_v2.decoding import resolve
 from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.options import Cache, StandardOptions
 from shared.decode import reference
-from shared.decode.batch import whole_blocks
+from shared.decode.cursor import whole_blocks
 from shared.decode.reference import ReferenceText, Step
 from shared.network.masks import block_causal, token_causal
 from shared.policy.sampling import sample, transform

@@ -10,8 +10,8 @@ from shared.output import Output
 def generate_nocache(model, input_ids, options: NoCacheOptions | None = None, *, uniforms=None, **flat) -> Output:
     """Decode ``input_ids`` by a confidence threshold with token editing, every forward over everything so far (LLaDA2.1).
 
-    ``options`` is a `NoCacheOptions`; flat keywords change single fields (``editing_threshold=0.9``) and are checked. Keywords of
-    `decoding.decode` (``seed``, ``batch_size``, ``tokenizer``, ...) pass through.
+    ``options`` is a `NoCacheOptions`; flat keywords change single fields (``editing_threshold=0.9``) and are checked. Fields of
+    `shared.decode.calls.Call` (``seed``, ``batch_size``, ``tokenizer``, ...) are keywords too.
     """
     return decoding.generate(NoCacheOptions, model, input_ids, options, uniforms, flat)
 

@@ -21,8 +21,8 @@ def block_diffusion_generate(
 ) -> Output:
     """Decode ``input_ids`` block by block, several tokens a step (SDAR, "bd3" on older command lines).
 
-    ``options`` is a `StandardOptions`; flat keywords change single fields (``confidence_threshold=0.9``) and are checked. Keywords of
-    `decoding.decode` (``seed``, ``batch_size``, ``tokenizer``, ...) pass through.
+    ``options`` is a `StandardOptions`; flat keywords change single fields (``confidence_threshold=0.9``) and are checked. Fields of
+    `shared.decode.calls.Call` (``seed``, ``batch_size``, ``tokenizer``, ...) are keywords too.
     """
     return decoding.generate(StandardOptions, model, input_ids, options, uniforms, flat)
 

@@ -157,7 +157,7 @@ def measure_decode(name: str, decode: TimedDecoder, model, rows: int, args, draf
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    runner = getattr(getattr(model, "last_engine", None), "runner", None)
+    runner = getattr(model.engine, "runner", None)
     before = Counter(runner.replays) if runner else None
     output = decode(model, prompts, **call, **runtime)
     spent, steps = output.batch_forwards, output.batch_forwards["draft"]
@@ -179,7 +179,7 @@ def measure_decode(name: str, decode: TimedDecoder, model, rows: int, args, draf
     }
     if model.device.type == "cuda":
         held = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
-        engine = getattr(model, "last_engine", None)
+        engine = model.engine
         cache = engine.cache.nbytes if engine else 0
         line["peak_memory_over_weights_and_cache"] = round(torch.cuda.max_memory_reserved() / (held + cache), 3)
     print(

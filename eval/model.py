@@ -222,7 +222,7 @@ class DraftAndVerifyLM(TemplateLM):
             on_finish=lambda completion: keep(by_number[completion.request], record_of(completion, self._traces)),
             **other_models(self._family, self.decoder_name, self.models),
         )  # fmt: skip
-        self.lossless = (output.lossless, output.lossless_reason)
+        self.lossless = (output.lossless.value, output.lossless.reason)
 
     def _decode_by_user(self, keys, prompts, options: dict, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""

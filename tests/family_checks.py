@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.decode import run as decode_run
 from shared.errors import UserError
-from shared.gpu.engine import Engine
 from shared.gpu.phases import Phases
 from shared.policy.uniforms import request_uniforms
 from tests.recorder import recorder
@@ -89,11 +89,11 @@ def check_captured_phases(
     run = lambda: family.run(decoder, prompts, flat, seed=6, batch_size=rows)  # noqa: E731
     plain, made = run(), []
 
-    def phases_for(engine, signature, owners):
+    def phases_for(engines, signature, owners):
         made.append(Phases(signature, owners, lambda tensor: False, recorder(owners)))
         return made[-1]
 
-    monkeypatch.setattr(Engine, "phases_for", phases_for)
+    monkeypatch.setattr(decode_run, "phases_for", phases_for)
     captured = run()
     assert made[0]._captured, "nothing was captured"
     assert captured.tokens == plain.tokens

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.gpu.phases import _leaves
+from shared.gpu.phases import _leaves, _state
 
 ATEN = torch.ops.aten
 # On a GPU each of these waits for the device or copies from the host, which no capture allows: a value read back, positions of a mask, a tensor
@@ -42,7 +42,7 @@ def recorder(owners: list) -> Callable:
     """A capture for the CPU. What a capture does to the state of ``owners`` is undone, as a CUDA capture runs nothing."""
 
     def tensors():
-        return [t for owner in owners for t in vars(owner).values() if isinstance(t, Tensor)]
+        return [t for _, t in _state(owners)]
 
     def capture(function: Callable, pool):
         before = [t.clone() for t in tensors()]

@@ -1,32 +1,110 @@
-"""What any decoder checks before its first forward: the prompts, the keywords of the call, the options."""
+"""What a decoder is called with, and what it checks before its first forward: the prompts, the call, the options."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from shared.errors import UserError
 from shared.options import FlatOptions
-
-CALL_KEYWORDS = (
-    "attention_mask",
-    "seed",
-    "batch_size",
-    "tokenizer",
-    "requests",
-    "stop",
-    "on_block",
-    "on_finish",
-    "accept_rule",
-)
+from shared.output import Completion
+from shared.policy.accept import Verdict, accept_span
 
 
-def split_call(kind: type[FlatOptions], options, flat: dict) -> tuple[FlatOptions, dict]:
-    """``(options, keywords of the call)`` from flat keywords; ``options`` given must be a ``kind``, and flat ones go on top."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a list of prompts is decoded, whatever decodes them.
+
+    ``attention_mask`` marks padding in prompts ``[B, P]``. ``batch_size`` texts are in flight at a time (default: all); waiting prompts join as others
+    finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``). Randomness comes from
+    ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests`` numbers the prompts otherwise than 0, 1, 2, ...
+    ``on_block(request, new_ids)`` is called as blocks finish, ``on_finish(completion)`` as texts do. ``accept_rule`` replaces
+    `shared.policy.accept.accept_span`: acceptance by a script, for benchmarks on weights that mean nothing.
+    """
+
+    attention_mask: Any = None
+    uniforms: Sequence[Sequence[float]] | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    tokenizer: Any = None
+    requests: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+    on_block: Callable[[int, list[int]], None] | None = None
+    on_finish: Callable[[Completion], None] | None = None
+    accept_rule: Callable[..., Verdict] = accept_span
+
+    def check(self, prompts: int) -> None:
+        """Raise `UserError` for what does not fit ``prompts`` prompts."""
+        if self.requests is not None and (len(self.requests) != prompts or len(set(self.requests)) != prompts):
+            raise UserError(
+                f"requests are {list(self.requests)}. Allowed: one number for each of the {prompts} prompts, all different"
+            )
+        if self.uniforms is not None and len(self.uniforms) != prompts:
+            raise UserError(f"uniforms hold {len(self.uniforms)} lists. Allowed: one for each of the {prompts} prompts")
+        if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
+            raise UserError(f"batch_size is {self.batch_size!r}. Allowed: an int of at least 1")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed is {self.seed!r}. Allowed: an int from 0 to {(1 << 63) - 1}")
+
+
+CALL_KEYWORDS = tuple(f.name for f in fields(Call))
+
+
+def split_call(kind: type[FlatOptions], options, flat: dict) -> tuple[FlatOptions, Call]:
+    """Options and call from flat keywords; ``options`` given must be a ``kind``, and flat ones go on top."""
     flat = dict(flat)
-    call = {name: flat.pop(name) for name in CALL_KEYWORDS if name in flat}
+    call = Call(**{name: flat.pop(name) for name in CALL_KEYWORDS if name in flat})
     if options is not None and type(options) is not kind:
         raise UserError(f"options is a {type(options).__name__}. Allowed: {kind.__name__}")
     return kind.from_flat(flat) if options is None else options.replace(**flat) if flat else options, call
+
+
+class Job(NamedTuple):
+    """What a decode was asked for, checked: ``prompts`` as lists of ids, ``options`` with every default filled in. It ``began`` then."""
+
+    prompts: list[list[int]]
+    options: Any
+    call: Call
+    began: float
+
+    @property
+    def rows(self) -> int:
+        """Texts in flight at a time."""
+        return min(self.call.batch_size or len(self.prompts), len(self.prompts))
+
+
+def checked(model, input_ids, options, call: Call, resolve: Callable) -> Job:
+    """The prologue of every decode. ``resolve(model, options, tokenizer)`` fills in what depends on the checkpoint. Raises `UserError` before any forward."""
+    began = time.perf_counter()
+    prompts, options = as_prompts(input_ids, call.attention_mask), resolve(model, options, call.tokenizer)
+    check_prompts(prompts, options.blocks, model.config)
+    call.check(len(prompts))
+    return Job(prompts, options, call, began)
+
+
+def as_prompts(input_ids, attention_mask=None) -> list[list[int]]:
+    """``[P]`` or ``[B, P]`` ids (tensor, array or list), or a list of id lists of any lengths -> one list of ids per prompt.
+
+    ``attention_mask [B, P]`` (1 = token, 0 = padding) removes padding on either side.
+    """
+    rows = _rows(input_ids)
+    if attention_mask is None:
+        return rows
+    keep = _rows(attention_mask)
+    if [len(k) for k in keep] != [len(r) for r in rows]:
+        raise UserError("attention_mask has another shape than input_ids")
+    return [[t for t, here in zip(r, k, strict=True) if here] for r, k in zip(rows, keep, strict=True)]
+
+
+def _rows(values) -> list[list]:
+    """One list of plain numbers per row of a tensor, an array or a nested list; a flat one is one row."""
+    plain = lambda x: x.tolist() if hasattr(x, "tolist") else x  # noqa: E731
+    rows = [plain(row) for row in plain(values)]
+    if rows and not isinstance(rows[0], (list, tuple)):
+        rows = [rows]
+    return [[plain(value) for value in row] for row in rows]
 
 
 def check_prompts(prompts: list[list[int]], blocks, config) -> None:
@@ -58,17 +136,3 @@ def check_prompts(prompts: list[list[int]], blocks, config) -> None:
             raise UserError(f"prompt {k} has a token id outside the vocabulary. Allowed: 0 to {config.vocab_size - 1}")
         if blocks.mask_id in prompt:
             raise UserError(f"prompt {k} contains the mask token (id {blocks.mask_id}), which means 'to be decoded'")
-
-
-def check_call(prompts: int, requests: Sequence[int] | None, uniforms, batch_size: int | None, seed: int) -> None:
-    """Raise `UserError` for call keywords that do not fit ``prompts`` prompts."""
-    if requests is not None and (len(requests) != prompts or len(set(requests)) != prompts):
-        raise UserError(
-            f"requests are {list(requests)}. Allowed: one number for each of the {prompts} prompts, all different"
-        )
-    if uniforms is not None and len(uniforms) != prompts:
-        raise UserError(f"uniforms hold {len(uniforms)} lists. Allowed: one for each of the {prompts} prompts")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise UserError(f"batch_size is {batch_size!r}. Allowed: an int of at least 1")
-    if type(seed) is not int or not 0 <= seed < 1 << 63:
-        raise UserError(f"seed is {seed!r}. Allowed: an int from 0 to {(1 << 63) - 1}")

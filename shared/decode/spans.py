@@ -1,6 +1,6 @@
 """Verifying only what drafted spans need: which rows, how much of their blocks, and the tokens of that forward.
 
-For verifiers that see [drafted block | mask queries] (S2D2, the 2L layout): a token at position ``p`` is judged by a mask query that sees the drafted
+For verifiers that see [drafted block | mask queries] (S2D2, the 2L layout): a token at position ``p`` is verified by a mask query that sees the drafted
 tokens before ``p``. What stands behind the last span, and queries outside the spans, decide nothing.
 """
 
@@ -12,16 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.gpu.engine import Engine
+from shared.gpu.graphs import Shape
 from shared.network import masks
 from shared.policy.draft import Draft
 from shared.policy.routing import Policy
 
 
-def wishes(policy: Policy, draft: Draft, *, whole: bool) -> Tensor | None:
+def query_sizes(block_length: int) -> list[int]:
+    """Numbers of mask queries that verifies are captured with."""
+    return sorted({max(1, block_length // 4), max(1, block_length // 2), block_length})
+
+
+def two_copy_kinds(block_length: int) -> list[Shape]:
+    """The forwards of one row that S2D2 asks for with this layout: drafts, commits going along, and verifies."""
+    drafts = Shape(1, block_length, commit_rows=1, lasting=True)
+    return [drafts, *(Shape(1, block_length + q, picks=q) for q in query_sizes(block_length))]
+
+
+def wanted_spans(policy: Policy, draft: Draft, *, whole: bool) -> Tensor | None:
     """``[b, 3]``: does the policy want the first masked span verified, where does that end, and how long is it?
 
-    None where nobody needs to read that: the policy never changes its mind, and what it wants is nothing or ``whole`` blocks. No host read.
+    None if the decision is constant and no host read is needed: nothing is verified, or ``whole`` blocks are. No host read.
     """
     decision = policy.decide(draft)
     if policy.constant is False or (policy.constant and whole):
@@ -31,7 +42,7 @@ def wishes(policy: Policy, draft: Draft, *, whole: bool) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Picked:
+class VerifyPlan:
     """Rows of a draft to verify (indices into it), and how far: ``tokens`` of the block and ``queries`` mask tokens of the span."""
 
     index: list[int]
@@ -39,20 +50,30 @@ class Picked:
     queries: int
 
 
-def pick(policy: Policy, wish: Tensor | None, engine: Engine, candidates: Sequence[int], *, whole: bool) -> Picked:
+def plan_verify(
+    always: bool | None,
+    wanted: Tensor | None,
+    candidates: Sequence[int],
+    block_length: int,
+    *,
+    whole: bool,
+    sizes: Sequence[int] | None,
+) -> VerifyPlan:
     """Which of the ``candidates``, rows of a draft that have a span, are verified, and how much a verify of them all has to carry.
 
-    One packed read of ``wish`` (see `wishes`), or none.
+    One packed read of ``wanted`` (see `wanted_spans`); without it ``always`` says whether all are. ``sizes``: the numbers of queries there are graphs for,
+    all with the whole block (None: any number will do).
     """
-    length = engine.block_length
-    if wish is None or not candidates:
-        return Picked(list(candidates) if policy.constant else [], length, length)
-    read = wish.tolist()
+    if wanted is None or not candidates:
+        return VerifyPlan(list(candidates) if always else [], block_length, block_length)
+    read = wanted.tolist()
     index = [k for k in candidates if read[k][0]]
     if whole or not index:
-        return Picked(index, length, length)
+        return VerifyPlan(index, block_length, block_length)
     tokens, queries = max(read[k][1] for k in index), max(read[k][2] for k in index)
-    return Picked(index, engine.verify_tokens(tokens), engine.queries(queries))
+    if sizes is None:
+        return VerifyPlan(index, tokens, queries)
+    return VerifyPlan(index, block_length, next(q for q in sizes if q >= queries))
 
 
 @dataclass(frozen=True, slots=True)

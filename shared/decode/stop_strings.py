@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from shared.decode.batch import Batch, Finished
+from shared.decode.cursor import BlockCursor, Finished
 from shared.errors import UserError
 from shared.output import Completion
 
 
 class StopStrings:
-    """Ends rows of ``batch`` whose text holds one of ``strings``. ``text_of(ids)`` decodes; it may be None when there are no strings."""
+    """Ends rows whose text holds one of ``strings``. ``text_of(ids)`` decodes; it may be None when there are no strings."""
 
-    def __init__(self, strings: Sequence[str], text_of: Callable[[list[int]], str] | None, batch: Batch):
+    def __init__(self, strings: Sequence[str], text_of: Callable[[list[int]], str] | None, cursor: BlockCursor):
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         if not all(isinstance(s, str) and s for s in self.strings):
             raise UserError(f"stop is {strings!r}. Allowed: strings that are not empty")
         if self.strings and text_of is None:
             raise UserError("stop strings are given without a tokenizer. Allowed: both")
-        self.text_of, self.batch = text_of, batch
+        self.text_of, self.cursor = text_of, cursor
 
     def first(self, text: str) -> int | None:
         """Where the string begins that ``text`` completes first, as a reader of one token after the other would see it."""
@@ -30,15 +30,10 @@ class StopStrings:
         """``finished`` blocks, those in whose text a string has appeared being their text's last. One device read for each block."""
         if not self.strings:
             return finished
-        return [
-            f if f.last or self._ids_before_stop(f.row) is None else f._replace(last=True, stopped=True)
-            for f in finished
-        ]
+        return [f if f.last or not self._stands_in(f.row) else f._replace(last=True, stopped=True) for f in finished]
 
-    def _ids_before_stop(self, i: int) -> int | None:
-        row = self.batch.rows[i]
-        end = min(row.start + self.batch.block_length, len(row.prompt) + self.batch.max_new_tokens)
-        return self.first(self.text_of(self.batch.tokens[i, len(row.prompt) : end].tolist()))
+    def _stands_in(self, i: int) -> bool:
+        return self.first(self.text_of(self.cursor.text_so_far(i))) is not None
 
     def cut(self, completion: Completion) -> Completion:
         """The completion before the string that ends it: its text exactly, its tokens up to the one in which the string begins."""

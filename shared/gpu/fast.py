@@ -305,3 +305,7 @@ class FastForward:
                 positions, how = call.positions[part], {"overlap": self.overlap, "out": out[flat]}
                 ops.attend_split(qkv[flat], positions, here, self.heads, norm, mask, **how)
         return out
+
+
+def fast_forward_of(model, required=False):
+    return model.fast(required=required)

@@ -1,8 +1,8 @@
 """The work of a step between its forwards, as CUDA graphs.
 
-A phase is a function of device tensors that reads nothing back to the host and does nothing in Python that has to happen again: what a decoder
-computes before, between and after the forwards of a step. There it is a hundred small kernels, and launching them one by one takes longer than
-running them. `Phases` calls a phase as it is the first time, and captures and replays it once the same shapes come again.
+A phase is a function of device tensors without host reads and without Python side effects: what a decoder computes before, between and after the
+forwards of a step. That is a hundred small kernels, and launching them one by one takes longer than running them. `Phases` calls a phase as it is the
+first time, and captures and replays it once the same shapes come again.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from shared.gpu.graphs import capturing
 
-Owner = Any  # whatever holds state in tensors that are its attributes
 Pool = tuple[int, int]
 Capture = Callable[[Callable[[], Any], Pool | None], tuple[Callable[[], None], Any, Pool]]
+
+
+class Stateful(Protocol):
+    """Whatever holds state that phases read or write outside their arguments: ``STATE`` names its tensors, each an attribute (or None: not held)."""
+
+    STATE: ClassVar[tuple[str, ...]]
 
 
 def call(function: Callable, first, *arguments):
@@ -49,7 +54,7 @@ class Phases:
     Arguments and results are tensors, dataclasses and tuples of them, and hashable constants; ``first`` is whatever holds the state. What a captured
     phase returns is valid until the same function runs again. Inside, no value is read, no mask selects, and no number is assigned through index
     tensors: torch would copy it from the host. State that phases read or write outside their arguments must stay where it is: it
-    is the tensors found on the owners given to `adopt`.
+    is what ``owners`` name in their ``STATE``.
     """
 
     CAPTURE_AT = 2  # the first call compiles kernels
@@ -58,7 +63,7 @@ class Phases:
     def __init__(
         self,
         signature: Hashable,
-        owners: Sequence[Owner],
+        owners: Sequence[Stateful],
         is_fixed: Callable[[Tensor], bool],
         capture: Capture = cuda_graph,
     ):
@@ -72,7 +77,7 @@ class Phases:
             int, int
         ] = {}  # what captured phases return: id of the tensor (the graphs keep it alive) -> a number
 
-    def adopt(self, signature: Hashable, owners: Sequence[Owner]) -> bool:
+    def adopt(self, signature: Hashable, owners: Sequence[Stateful]) -> bool:
         """Serve another decode: move its state to where the graphs expect it. False, and nothing done, where it does not fit."""
         coming = dict(_state(owners))
         if signature != self.signature or {k: _kind(t) for k, t in coming.items()} != {
@@ -132,12 +137,12 @@ def _kind(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _state(owners: Sequence[Owner]) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """Tensors that are attributes of ``owners``, by owner and name."""
+def _state(owners: Sequence[Stateful]) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """The tensors that ``owners`` name, by owner and name."""
     for number, owner in enumerate(owners):
-        for name, value in vars(owner).items():
-            if isinstance(value, Tensor):
-                yield (number, name), value
+        for name in owner.STATE:
+            if (tensor := getattr(owner, name)) is not None:
+                yield (number, name), tensor
 
 
 @cache

@@ -8,6 +8,7 @@ draft is overwritten by the next write, and nothing is ever concatenated or crop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -60,6 +61,22 @@ class BlockCache:
         if after:
             self._sync()
 
+    def keep(self, rows: Sequence[int], branches: Sequence[int], counts: Sequence[int]) -> None:
+        """Commit for ``rows[i]`` the first ``counts[i]`` tokens last written to row ``branches[i]`` behind a prefix of ``rows[i]``.
+
+        They are copied to the row's own slots where the branch is another row. See `BlockCache.window`, ``write_rows``.
+        """
+        copies = [
+            (row, branch, self.lengths[row] + k)
+            for row, branch, count in zip(rows, branches, counts, strict=True)
+            for k in range(count if branch != row else 0)
+        ]
+        if copies:
+            into, out_of, slots = torch.tensor(copies).to(self.length.device).unbind(-1)
+            for store in (self.keys, self.values):
+                store[:, into, :, slots] = store[:, out_of, :, slots]
+        self.commit(counts, rows)
+
     def reset(self, rows: Sequence[int]) -> None:
         """Forget everything committed for ``rows``."""
         for row in rows:
@@ -78,19 +95,42 @@ class BlockCache:
         ahead: Sequence[int] | None = None,
         offset: int | Sequence[int] = 0,
         width: int | None = None,
+        write_rows: Sequence[int] | None = None,
     ) -> Window:
         """Where one forward over ``tokens`` tokens of ``rows`` writes and what it sees. See `Window`."""
         rows = range(len(self.lengths)) if rows is None else rows
-        return Window(self, tokens, rows, [0] * len(rows) if ahead is None else ahead, offset, width)
+        return Window(self, tokens, rows, ahead, offset, width, write_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What a device knows of a `Window`, ``b`` entries in all: ``rows [b]`` whose prefix each reads, how many tokens ``ahead [b]`` of the committed
+    ones that prefix reaches (None: no entry's does), at what ``offset [b]`` behind it each writes (None: right there), into ``write_rows [b]`` (None:
+    the same rows). ``width``: local slots that are seen (0: the tokens written). A row of -1 is padding: nothing is written.
+    """
+
+    rows: Tensor
+    ahead: Tensor | None = None
+    offset: Tensor | None = None
+    write_rows: Tensor | None = None
+    width: int = 0
+
+    def prefix(self, lengths: Tensor) -> Tensor:
+        """``[b]``: how many tokens each entry sees before its own, of the committed ``lengths [rows]``."""
+        committed = lengths[self.rows]
+        return committed if self.ahead is None else committed + self.ahead
 
 
 class Window:
-    """One forward's place in the cache: ``b`` entries of ``tokens`` tokens each.
+    """One forward's place in the cache, said once: ``b`` entries of ``tokens`` tokens each. ``where`` is the same for the device.
 
-    Entry ``i`` belongs to row ``rows[i]`` and has the prefix ``[0, length + ahead[i])``. It writes at ``[prefix + offset, prefix + offset + tokens)``
-    and attends to its prefix plus the local slots ``[prefix, prefix + width)``; ``width`` is ``offset + tokens`` unless a sub-block
-    decoder keeps its whole block visible (``offset`` may then differ per entry). ``ahead`` is for two entries of one row in one forward: in every layer all keys are written before any
-    query looks, so an entry with ``ahead = L`` sees the block that another entry of its row is writing at ``ahead = 0``.
+    Entry ``i`` reads the prefix ``[0, length + ahead[i])`` of row ``rows[i]``. It writes at ``[prefix + offset, prefix + offset + tokens)`` of row
+    ``write_rows[i]`` (default: the same row) and sees, besides its prefix, the local slots ``[prefix, prefix + width)`` of that row. ``width`` is
+    ``offset + tokens`` unless a sub-block decoder keeps its whole block visible; ``offset`` may then differ per entry.
+
+    ``ahead`` is for two entries of one row in one forward: in every layer all keys are written before any query looks, so an entry with ``ahead = L``
+    sees the block that another entry of its row is writing at ``ahead = 0``. ``write_rows`` is for branches that share a prefix: each has a row of its
+    own to write to, and `BlockCache.keep` makes the tokens of one the row's own.
     """
 
     def __init__(
@@ -98,56 +138,68 @@ class Window:
         cache: BlockCache,
         tokens: int,
         rows: Sequence[int],
-        ahead: Sequence[int],
-        offset: int | Sequence[int],
-        width: int | None,
+        ahead: Sequence[int] | None = None,
+        offset: int | Sequence[int] = 0,
+        width: int | None = None,
+        write_rows: Sequence[int] | None = None,
     ):
-        self.cache, self.tokens = cache, tokens
+        self.cache, self.tokens, self.entries = cache, tokens, list(rows)
         offsets = [offset] * len(rows) if isinstance(offset, int) else list(offset)
         self.width = max(offsets) + tokens if width is None else width
         if self.width < max(offsets) + tokens:
             raise ValueError(f"width {self.width} does not hold {tokens} tokens at offset {max(offsets)}")
-        prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead, strict=True)]
-        everyone = list(rows) == list(range(len(cache.lengths)))
-        self.row_index = cache.indices(rows)
-        self.rows = None if everyone else self.row_index
-        self._ahead, self._offsets = list(ahead), offsets
         self.plain = self.width == tokens  # what is written is all that is seen besides the prefix
-        self.extent = max(prefixes) + self.width
-        self.uniform = min(prefixes) == max(prefixes)
+        self.where = Where(
+            cache.indices(rows),
+            cache.indices(ahead) if ahead is not None and any(ahead) else None,
+            None if self.plain else cache.indices(offsets),
+            None if write_rows is None else cache.indices(write_rows),
+            0 if self.plain else self.width,
+        )
+        self.prefixes = [cache.lengths[r] + a for r, a in zip(rows, ahead or [0] * len(rows), strict=True)]
+        self.extent = max(self.prefixes) + self.width
         if self.extent > cache.slots:
             raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
-        same_place = self.uniform and min(offsets) == max(offsets)
-        self._first = prefixes[0] + offsets[0] if same_place and everyone else None
+        self.uniform = min(self.prefixes) == max(self.prefixes)
+        # Every row in order at one place: a slice, which a CPU copies faster than it scatters.
+        self._everyone = write_rows is None and self.entries == list(range(len(cache.lengths)))
+        same_slots = self._everyone and self.uniform and min(offsets) == max(offsets)
+        self._first = self.prefixes[0] + offsets[0] if same_slots else None
         self._mask: tuple[Tensor | None, Tensor | None] | None = None
 
     @cached_property
     def prefix(self) -> Tensor:
         """``[b]``: how many tokens each entry sees before its own."""
-        committed = self.cache.length[self.row_index]
-        return committed + self.cache.indices(self._ahead) if any(self._ahead) else committed
+        return self.where.prefix(self.cache.length)
 
     @cached_property
-    def offset(self) -> Tensor:
-        """``[b]``: where behind its prefix each entry writes."""
-        return self.cache.indices(self._offsets)
-
-    @cached_property
-    def _slots(self) -> Tensor:
-        """``[b, T]``: where the tokens of this forward are written."""
-        return (self.prefix + self.offset)[:, None] + torch.arange(self.tokens, device=self.prefix.device)
+    def _written(self) -> tuple[Tensor, Tensor]:
+        """``rows [b, 1]`` and ``slots [b, T]`` that this forward writes to."""
+        where = self.where
+        first = self.prefix if where.offset is None else self.prefix + where.offset
+        rows = where.rows if where.write_rows is None else where.write_rows
+        return rows[:, None], first[:, None] + torch.arange(self.tokens, device=first.device)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``[b, H_kv, T, D]`` for this layer; return all keys and values in reach, ``[b, H_kv, extent, D]``."""
-        store_k, store_v = self.cache.keys[layer], self.cache.values[layer]
-        if self._first is not None:
-            where = slice(self._first, self._first + self.tokens)
-            store_k[:, :, where], store_v[:, :, where] = keys, values
-        else:
-            store_k[self.row_index[:, None], :, self._slots] = keys.transpose(1, 2)
-            store_v[self.row_index[:, None], :, self._slots] = values.transpose(1, 2)
-        store_k, store_v = store_k[:, :, : self.extent], store_v[:, :, : self.extent]
-        return (store_k, store_v) if self.rows is None else (store_k[self.rows], store_v[self.rows])
+        stores = self.cache.keys[layer], self.cache.values[layer]
+        for store, new in zip(stores, (keys, values), strict=True):
+            if self._first is not None:
+                store[:, :, self._first : self._first + self.tokens] = new
+            else:
+                rows, slots = self._written
+                store[rows, :, slots] = new.transpose(1, 2)
+        return tuple(self._seen(store[:, :, : self.extent]) for store in stores)
+
+    def _seen(self, store: Tensor) -> Tensor:
+        """What each entry may see of a layer's ``store [B, H_kv, extent, D]``."""
+        if self._everyone:
+            return store
+        seen = store[self.where.rows]
+        if self.where.write_rows is None:
+            return seen
+        before = torch.arange(self.extent, device=seen.device) < self.prefix[:, None]
+        return torch.where(before[:, None, :, None], seen, store[self.where.write_rows])
 
     def mask(self, local_mask: Tensor | None) -> Tensor | None:
         """The mask over everything in reach, ``[b, 1, T, extent]``; None when every query sees every key.

@@ -165,6 +165,7 @@ class CheckpointModel(nn.Module):
     divides: bool = True
     config: object
     folder: Path | None = None  # where it was loaded from
+    engine: object = None  # the engine its last decode left here, with its graphs; whoever owns the model owns it
 
     @property
     def device(self) -> torch.device:

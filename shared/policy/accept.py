@@ -1,9 +1,10 @@
-"""Accepting a drafted span against the verifier's logits.
+"""Accept rules: what of a drafted span stands against the verifier's logits. Tensors in, accepted prefix and replacement out.
 
-Two modes. ``published``: S2D2's rule, a draft is accepted when ``u < min(1, q/p)`` even if it is the argmax of ``p``; the first
+`accept_span` has the two rules of S2D2. ``published``: a draft is accepted when ``u < min(1, q/p)`` even if it is the argmax of ``p``; the first
 rejected position takes a token from the normalised positive part of ``q - p``. ``exact``: lossless; for greedy decoding a draft
 is accepted while it is the verifier's argmax, for sampling the published rule on drafts really drawn from ``p`` is already the
-speculative-sampling rule of Leviathan et al. 2023 (algorithm 1).
+speculative-sampling rule of Leviathan et al. 2023 (algorithm 1). `sample_and_match` is lossless for drafts from anywhere: the verifier draws its own
+token at every position, and drafts are accepted while they are those.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from shared.options import Acceptance, Sampling, Unmask
-from shared.output import Lossless
+from shared.output import Lossless, losslessness
 from shared.policy.draft import Choice, Draft
-from shared.policy.sampling import GREEDY_BELOW, greedy, inverse_cdf, transform
+from shared.policy.sampling import GREEDY_BELOW, greedy, inverse_cdf, sample, transform
 from shared.policy.uniforms import Uniforms
 from shared.trace import How
 
@@ -93,8 +94,8 @@ def accept_span(
     if exact_greedy:
         replacement = best[in_order, rejected]
     elif options.allow_resample:
-        law = residual(target[in_order, rejected], draft.log_weights_at(at[in_order, rejected]).softmax(-1))
-        replacement = inverse_cdf(law, uniforms.take(draft.rows, 1, count < draft.span_length)[:, 0])
+        left = residual(target[in_order, rejected], draft.log_weights_at(at[in_order, rejected]).softmax(-1))
+        replacement = inverse_cdf(left, uniforms.take(draft.rows, 1, count < draft.span_length)[:, 0])
     return Verdict(
         accepted=draft.span & (draft.place_in_span < count[:, None]),
         rejected=draft.span & (draft.place_in_span == count[:, None]),
@@ -102,6 +103,19 @@ def accept_span(
         ratio=torch.zeros_like(draft.confidence) if ratio is None else in_block(ratio, queries, length),
         finite=finite.all(-1),
     )
+
+
+def sample_and_match(
+    drafted: Tensor, logits: Tensor, uniforms: Tensor | None, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """``(accepted [b], tokens [b, S + 1])``: how many of the ``drafted [b, S]`` are what the verifier takes itself, and what it takes.
+
+    ``logits [b, S + 1, V]`` predict the drafted tokens and the one after them. Every position has a uniform of its own, ``uniforms [b, S + 1]`` (None:
+    greedy), and drafts use none of them. So ``tokens[:, : accepted + 1]`` is what the verifier would have sampled alone with the same numbers, token for
+    token, whatever was drafted and however much of it was sent.
+    """
+    tokens, _ = sample(logits, uniforms, sampling.temperature, sampling.top_k, sampling.top_p)
+    return (drafted == tokens[:, :-1]).cumprod(-1).sum(-1), tokens
 
 
 def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance, *, keep_rejected: bool = True) -> Choice:
@@ -128,13 +142,13 @@ def take_confident(choice: Choice, draft: Draft, options: Unmask) -> None:
     choice.add(confident, draft.tokens, How.CONFIDENT, -draft.confidence)
 
 
-def losslessness(options, more: Mapping[str, bool] | None = None) -> Lossless:
-    """Whether ``options`` make a self-speculative decoder follow block-size-one decoding exactly, and the reason.
+def self_speculative_losslessness(options, more: Mapping[str, bool] | None = None) -> Lossless:
+    """Whether ``options`` make a self-speculative decoder (S2D2) follow block-size-one decoding exactly, and the reason.
 
     ``options`` has the groups ``sampling, blocks`` (resolved), ``acceptance, routing, cache``. Without ``denoising_steps`` a step has no quota to fill.
     ``more``: reasons of the family's own, and whether each holds.
     """
-    acceptance, routing = options.acceptance, options.routing
+    acceptance, routing, greedily = options.acceptance, options.routing, options.sampling.temperature < GREEDY_BELOW
     broken = {
         "cache_ver is off, so committed keys are not the verifier's": not options.cache.cache_ver,
         f"policy {routing.do_verify_policy} may skip verification": not (
@@ -150,11 +164,7 @@ def losslessness(options, more: Mapping[str, bool] | None = None) -> Lossless:
         "ssd_ratio_tempering_factor bends the acceptance ratio": acceptance.ssd_ratio_tempering_factor != 1.0,
         "allow_resample is off, so rejected drafts are not replaced": not acceptance.allow_resample,
         "the published rule is random on argmax drafts (acceptance exact is not)": (
-            acceptance.acceptance == "published" and options.sampling.temperature < GREEDY_BELOW
+            acceptance.acceptance == "published" and greedily
         ),
     }
-    reasons = [reason for reason, is_broken in {**(more or {}), **broken}.items() if is_broken]
-    if reasons:
-        return Lossless(False, "; ".join(reasons))
-    law = "greedy text" if options.sampling.temperature < GREEDY_BELOW else "sampling law"
-    return Lossless(True, f"every token is verified: same {law} as block size one")
+    return losslessness({**(more or {}), **broken}, "greedy text" if greedily else "sampling distribution")

@@ -8,6 +8,7 @@ that the loop need not read it back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from shared.policy.draft import Draft
 
 
 class Policy:
-    """Base: no state, nothing to learn."""
+    """Base: no state, nothing to learn. ``STATE`` names the tensors a policy keeps between steps."""
+
+    STATE: ClassVar[tuple[str, ...]] = ()
 
     constant: bool | None = None
 
@@ -86,6 +89,8 @@ class ScoreThreshold(_Scored):
 class ScoreHysteresis(_Scored):
     """A switch per row: on above ``hysteresis_threshold_on``, off below ``hysteresis_threshold_off``, kept across blocks."""
 
+    STATE = ("on",)
+
     def __init__(self, routing: Routing, estimation: Estimation, unmask: Unmask, rows: int, device):
         super().__init__(routing, estimation, unmask)
         self.on = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -108,6 +113,8 @@ class ContextualBanditUCB(Policy):
     A bucket is (span length, block progress, draft entropy), each binned. An arm never tried scores infinity; ties verify. A step with nothing masked
     is no trial.
     """
+
+    STATE = ("tries", "reward", "time", "current")
 
     def __init__(self, bandit: Bandit, rows: int, device):
         self.options = bandit

@@ -7,6 +7,7 @@ recorded numbers in through the same door.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ def request_uniforms(seed: int, request: int, count: int) -> np.ndarray:
 
 class Uniforms:
     """``[rows, capacity]`` uniforms on ``device``; ``cursor [rows]`` is how many each row has used."""
+
+    STATE: ClassVar[tuple[str, ...]] = ("table", "cursor")
 
     def __init__(
         self,

@@ -258,7 +258,7 @@ def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | Non
     ]
     for name, out in rows.items():
         kinds = "  ".join(f"{out.forwards[k] / max(1, out.token_count):.3f}" for k in out.forwards)
-        accepted = f"{out.mean_accepted_length:.2f}" if out.forwards["verify"] else "-"
+        accepted = f"{out.accepted_per_verify:.2f}" if out.forwards["verify"] else "-"
         cost = f"{out.forwards_per_token:6.3f}" if out.token_count else f"{'-':>6s}"
         right = "-" if solved.get(name) is None else f"{solved[name]}/{len(out.completions)}"
         lines.append(
@@ -346,7 +346,7 @@ class Script:
         }
         solved = {name: None if None in found else sum(found) for name, found in by_request.items()}
         print(format_comparison(rows, solved))
-        print(f"\nlossless: {'yes' if output.lossless else 'no'} ({output.lossless_reason})")
+        print(f"\nlossless: {output.lossless}")
 
     def source(self, model: str | None) -> str:
         """The checkpoint to load: ``model``, or the shipped one. A name of a checkpoint in the script's folder works from any folder."""

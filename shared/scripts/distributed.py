@@ -8,8 +8,8 @@ leads, which means that it alone prints and writes. Nothing here is needed, or i
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 
 from shared.errors import UserError
 from shared.output import Output
+from shared.trace import add_lanes
 
 
 class World(NamedTuple):
@@ -81,11 +82,13 @@ class World(NamedTuple):
         if self.rank or not parts:
             return None
         completions = sorted((c for p in parts for c in p.completions), key=lambda c: c.request)
-        batch_forwards = sum((Counter(p.batch_forwards) for p in parts), Counter())
-        batch_tokens = sum((Counter(p.batch_tokens) for p in parts), Counter())
-        seconds, prefill_seconds = max(p.seconds for p in parts), max(p.prefill_seconds for p in parts)
-        lossless = (parts[0].lossless, parts[0].lossless_reason)
-        return Output(completions, seconds, dict(batch_forwards), *lossless, prefill_seconds, dict(batch_tokens))
+        return replace(
+            parts[0],
+            completions=completions,
+            seconds=max(p.seconds for p in parts),
+            batch=add_lanes([p.batch for p in parts]),
+            prefill_seconds=max(p.prefill_seconds for p in parts),
+        )
 
     def leave(self) -> None:
         """Say goodbye to the other processes: after the last forward and `gather`. NCCL wants it."""

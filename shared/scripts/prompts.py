@@ -1,4 +1,4 @@
-"""Prompts as lists of token ids, whatever shape they arrive in, and prompt files."""
+"""Prompt files, and prompts through a chat template."""
 
 from __future__ import annotations
 
@@ -6,29 +6,6 @@ import json
 from pathlib import Path
 
 from shared.errors import UserError
-
-
-def as_prompts(input_ids, attention_mask=None) -> list[list[int]]:
-    """``[P]`` or ``[B, P]`` ids (tensor, array or list), or a list of id lists of any lengths -> one list of ids per prompt.
-
-    ``attention_mask [B, P]`` (1 = token, 0 = padding) removes padding on either side.
-    """
-    rows = _rows(input_ids)
-    if attention_mask is None:
-        return rows
-    keep = _rows(attention_mask)
-    if [len(k) for k in keep] != [len(r) for r in rows]:
-        raise UserError("attention_mask has another shape than input_ids")
-    return [[t for t, here in zip(r, k, strict=True) if here] for r, k in zip(rows, keep, strict=True)]
-
-
-def _rows(values) -> list[list]:
-    """One list of plain numbers per row of a tensor, an array or a nested list; a flat one is one row."""
-    plain = lambda x: x.tolist() if hasattr(x, "tolist") else x  # noqa: E731
-    rows = [plain(row) for row in plain(values)]
-    if rows and not isinstance(rows[0], (list, tuple)):
-        rows = [rows]
-    return [[plain(value) for value in row] for row in rows]
 
 
 def read_prompt_file(path: str | Path) -> list[dict]:

@@ -66,7 +66,7 @@ def test_every_forward_of_a_block_finds_its_graph():
     flat = {"block_length": 16, "small_block_length": 4, "max_new_tokens": 32, **LOSSLESS, "reuse_verify": False}
     for more in ({}, {"use_block_cache": True}):
         generate_ssd_policy(_model(), _prompts()[:5], **flat, **more)
-        engine = _model().last_engine
+        engine = _model().engine
         eager, seen = engine.runner.forward, []
         engine.runner.forward = lambda *args, eager=eager, seen=seen, **how: (
             seen.append(args[0].shape[1]) or eager(*args, **how)

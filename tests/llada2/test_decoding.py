@@ -460,7 +460,7 @@ def test_lossless_says_why():
     ]:
         out = run(**broken)
         assert not out.lossless, broken
-        assert reason in out.lossless_reason
+        assert reason in out.lossless.reason
     one = {**BASE, "block_length": 1, "max_new_tokens": 4}
     assert family().run("plain", [[1, 2]], one).lossless, "a block of one has nothing to edit while it is masked"
     assert not family().run("plain", [[1, 2]], {**one, "max_post_steps": 1}).lossless

@@ -73,7 +73,7 @@ def test_graphs_and_savings_change_no_token(name, rows):
 def test_a_second_call_reuses_the_graphs():
     flat = {"max_new_tokens": 32, "block_length": 16}
     first = generate_ssd_policy(_model(), _prompts()[:4], **flat)
-    engine = _model().last_engine
+    engine = _model().engine
     again = generate_ssd_policy(_model(), _prompts()[:3], **flat)
-    assert _model().last_engine is engine
+    assert _model().engine is engine
     assert again.tokens == first.tokens[:3]

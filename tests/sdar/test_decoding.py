@@ -296,12 +296,12 @@ def test_lossless_says_why():
     ]:
         out = run(**broken)
         assert not out.lossless, broken
-        assert reason in out.lossless_reason
+        assert reason in out.lossless.reason
     for flag in ({"round_to_blocks": True}, {"trim_stop_tokens": False}):
-        assert next(iter(flag)) in run(**exact, **flag).lossless_reason
+        assert next(iter(flag)) in run(**exact, **flag).lossless.reason
         assert run(**exact, **flag, block_length=1).lossless
     scripted = family().run("speculative", [[1, 2]], {**BASE, **exact}, accept_rule=lambda *call: accept_span(*call))
-    assert scripted.lossless_reason == "acceptance is by a script"
+    assert scripted.lossless.reason == "acceptance is by a script"
     assert family().run("plain", [[1, 2]], {**BASE, "block_length": 1}).lossless
     assert not family().run("plain", [[1, 2]], BASE).lossless
 

@@ -64,7 +64,7 @@ def test_graphs_and_savings_change_no_token(decoder, flat, rows):
 def test_a_second_call_reuses_the_graphs():
     flat = {"max_new_tokens": 32, "block_length": 16}
     first = DECODERS["speculative"](_model(), _prompts()[:4], **flat)
-    engine = _model().last_engine
+    engine = _model().engine
     again = DECODERS["speculative"](_model(), _prompts()[:3], **flat)
-    assert _model().last_engine is engine
+    assert _model().engine is engine
     assert again.tokens == first.tokens[:3]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from shared.trace import How, Trace, format_trace
+from shared.trace import How, Spent, Trace, Verify, add_lanes, format_trace
 
 # Prompt of 2, blocks of 4: positions 2 and 3 end block 0, positions 4 to 7 are block 1.
 TRACE = Trace(
@@ -14,9 +14,10 @@ TRACE = Trace(
     how_of=[How.PROMPT, How.PROMPT, How.ACCEPTED, How.RESAMPLED, How.KEPT, How.UNMASKED, How.CONFIDENT, How.RATIO],
     rank_of=[0, 0, 0, 1, 1, 1, 0, 0],
     confidence_of=[0.0, 0.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
-    verified_span=[2, 0, 4],
-    accepted=[1, 0, 0],
-    forwards={"prefill": 0, "draft": 3, "verify": 2, "commit": 1},
+    steps=3,
+    verifies=[Verify(0, 2, 2, 1), Verify(2, 5, 4, 0)],
+    lanes={"model": {"prefill": Spent(), "draft": Spent(3), "verify": Spent(2), "commit": Spent(1)}},
+    mask_id=99,
 )
 
 
@@ -37,12 +38,46 @@ def test_counts_of_generated_positions():
 
 def test_figures():
     assert TRACE.total_forwards == 6
-    assert TRACE.steps == 3
-    assert TRACE.mean_accepted_length == 0.5  # one accepted in two verified steps
+    assert TRACE.forwards == {"prefill": 0, "draft": 3, "verify": 2, "commit": 1}
+    assert (TRACE.verified_span, TRACE.accepted) == ([2, 0, 4], [1, 0, 0])
+    assert TRACE.gained == 2  # one accepted, and the verifier's own token at the first rejection
+
+
+def empty(**more) -> Trace:
+    return Trace(**{**dict(prompt_length=1, block_length=1, token_ids=[5, 6], step_of=[-1, 0], how_of=[1, 2], rank_of=[0, 0],
+                           confidence_of=[0.0, 1.0], steps=1, verifies=[]), **more})  # fmt: skip
 
 
 def test_nothing_verified():
-    assert Trace(1, 1, [5, 6], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], [0], [0]).mean_accepted_length == 0
+    assert (empty().gained, empty().verified_span, empty().forwards) == (0, [0], {})
+
+
+def test_lanes_add_up():
+    one = {"target": {"verify": Spent(1, 5, 5, 20, 125)}, "drafter": {"draft": Spent(4, 4, 4, 10, 30)}}
+    two = {"target": {"verify": Spent(2, 9, 9, 50, 400), "prefill": Spent(1, 8, 1, 0, 64)}}
+    total = add_lanes([one, two])
+    assert total["target"] == {"verify": Spent(3, 14, 14, 70, 525), "prefill": Spent(1, 8, 1, 0, 64)}
+    assert total["drafter"] == one["drafter"]
+    assert empty(lanes=total).forwards == {"verify": 3, "prefill": 1, "draft": 4}
+    assert format_trace(empty(lanes=total)).splitlines()[-2:] == [
+        "forwards of target: 4 (prefill 1, verify 3)",
+        "forwards of drafter: 4 (draft 4)",
+    ]
+
+
+def test_what_is_taken_back():
+    """Position 1 was decided, taken back and decided again."""
+    trace = empty(steps=3, step_of=[-1, 2], edits=[(1, 1, 8, 99)], mask_id=99)
+    assert trace.remasked == [(1, 1, 8)]
+    assert trace.order() == [[], [], [1]], "the last time it was decided"
+    assert trace.first_token(1) == 8
+    assert empty(edits=[(1, 1, 8, 6)], mask_id=99).remasked == [], "an edit is no remasking"
+
+
+def test_two_verifies_in_a_step():
+    trace = empty(verifies=[Verify(0, 6, 4, 4), Verify(0, 2, 2, 1)])
+    assert (trace.verified_span, trace.accepted) == ([6], [5])
+    assert "[verified 4, accepted 4]  [verified 2, accepted 1]" in format_trace(trace)
 
 
 def test_format():
@@ -60,7 +95,7 @@ def test_format_with_text_in_reading_order():
 
 
 def test_format_of_a_step_that_decoded_nothing():
-    trace = Trace(1, 2, [5, 6], [-1, 1], [1, 2], [0, 0], [0.0, 1.0], [1, 0], [0, 0])
+    trace = empty(block_length=2, step_of=[-1, 1], steps=2, verifies=[Verify(0, 1, 1, 0)])
     assert format_trace(trace).splitlines()[:2] == ["step    0     [verified 1, accepted 0]", "step    1 | 1"]
 
 
@@ -68,6 +103,10 @@ def test_json_is_complete():
     saved = json.loads(json.dumps(TRACE.to_json()))
     names = saved.pop("how_names")
     assert [names[h] for h in saved["how_of"][2:4]] == ["accepted", "resampled"]
+    derived = {name: saved.pop(name) for name in ("forwards", "verified_span", "accepted")}
+    assert derived == {name: getattr(TRACE, name) for name in derived}
+    saved["verifies"] = [Verify(**v) for v in saved["verifies"]]
+    saved["lanes"] = {lane: {k: Spent(**s) for k, s in kinds.items()} for lane, kinds in saved["lanes"].items()}
     assert Trace(**saved) == TRACE
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.decode.calls import check_call
+from shared.decode.calls import Call
 from shared.errors import UserError
 
 
@@ -20,6 +20,6 @@ from shared.errors import UserError
 )
 def test_impossible_calls_are_refused(call, message):
     fine = {"requests": [3, 4], "uniforms": None, "batch_size": 1, "seed": (1 << 63) - 1}
-    check_call(2, **fine)
+    Call(**fine).check(2)
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        check_call(2, **{**fine, **call})
+        Call(**{**fine, **call}).check(2)

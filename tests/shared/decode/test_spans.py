@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from shared.decode.spans import Picked, pick, span_inputs, wishes
+from shared.decode.spans import VerifyPlan, plan_verify, query_sizes, span_inputs, two_copy_kinds, wanted_spans
+from shared.gpu.graphs import Shape
 from shared.network.masks import two_copy_verify
 from shared.options import Sampling
 from shared.policy.draft import Draft
@@ -14,8 +13,7 @@ from shared.policy.routing import Policy
 MASK = 99
 # Spans: [1, 2] of the first row, [2] of the second, all four of the third.
 MASKED = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]]).bool()
-EXACT = SimpleNamespace(block_length=4, verify_tokens=lambda n: n, queries=lambda n: n)
-ROUNDED = SimpleNamespace(block_length=4, verify_tokens=lambda n: 4, queries=lambda n: max(n, 2))
+EXACT, ROUNDED = None, [2, 4]  # numbers of queries there are graphs for
 
 
 def make_draft() -> Draft:
@@ -34,34 +32,35 @@ class Wants(Policy):
         return self.rows.bool()
 
 
-def picked(policy, engine, candidates, whole) -> Picked:
-    return pick(policy, wishes(policy, make_draft(), whole=whole), engine, candidates, whole=whole)
+def planned(policy, sizes, candidates, whole) -> VerifyPlan:
+    wanted = wanted_spans(policy, make_draft(), whole=whole)
+    return plan_verify(policy.constant, wanted, candidates, 4, whole=whole, sizes=sizes)
 
 
 @pytest.mark.parametrize(
-    ("engine", "candidates", "whole", "want"),
+    ("sizes", "candidates", "whole", "want"),
     [
-        (EXACT, [0, 1, 2], False, Picked([0, 1], 3, 2)),
-        (EXACT, [1, 2], False, Picked([1], 3, 1)),
-        (ROUNDED, [1, 2], False, Picked([1], 4, 2)),
-        (EXACT, [0, 1, 2], True, Picked([0, 1], 4, 4)),
-        (EXACT, [2], False, Picked([], 4, 4)),
-        (EXACT, [], False, Picked([], 4, 4)),
+        (EXACT, [0, 1, 2], False, VerifyPlan([0, 1], 3, 2)),
+        (EXACT, [1, 2], False, VerifyPlan([1], 3, 1)),
+        (ROUNDED, [1, 2], False, VerifyPlan([1], 4, 2)),
+        (EXACT, [0, 1, 2], True, VerifyPlan([0, 1], 4, 4)),
+        (EXACT, [2], False, VerifyPlan([], 4, 4)),
+        (EXACT, [], False, VerifyPlan([], 4, 4)),
     ],
 )
-def test_pick(engine, candidates, whole, want):
+def test_plan(sizes, candidates, whole, want):
     policy = Wants(1, 1, 0)
-    assert picked(policy, engine, candidates, whole) == want
+    assert planned(policy, sizes, candidates, whole) == want
     assert policy.asked == 1, "a policy with a memory sees every draft, whoever may be verified"
 
 
-def test_pick_of_a_policy_that_never_changes_its_mind():
+def test_plan_of_a_constant_policy():
     never, always = Wants(0, 0, 0, constant=False), Wants(1, 1, 1, constant=True)
-    assert picked(never, EXACT, [0, 1], False).index == []
-    assert picked(always, EXACT, [0, 2], True) == Picked([0, 2], 4, 4)
-    assert picked(always, EXACT, [0], False) == Picked([0], 3, 2)
-    assert wishes(never, make_draft(), whole=False) is None, "nothing to read"
-    assert wishes(always, make_draft(), whole=True) is None
+    assert planned(never, EXACT, [0, 1], False).index == []
+    assert planned(always, EXACT, [0, 2], True) == VerifyPlan([0, 2], 4, 4)
+    assert planned(always, EXACT, [0], False) == VerifyPlan([0], 3, 2)
+    assert wanted_spans(never, make_draft(), whole=False) is None, "nothing to read"
+    assert wanted_spans(always, make_draft(), whole=True) is None
 
 
 def test_inputs_of_whole_blocks_are_the_two_copies():
@@ -82,3 +81,15 @@ def test_inputs_of_spans():
     assert asked.positions.tolist() == [[4, 5, 6, 5, 6], [8, 9, 10, 10, 11]]
     assert asked.mask[0, 3].tolist() == [True, False, False, True, False], "position 1 sees position 0 and itself"
     assert asked.mask[1, 3].tolist() == [True, True, False, True, False]
+
+
+def test_kinds_of_the_two_copy_layout():
+    assert query_sizes(8) == [2, 4, 8]
+    assert query_sizes(1) == [1]
+    assert two_copy_kinds(8) == [
+        Shape(1, 8, commit_rows=1),
+        Shape(1, 10, picks=2),
+        Shape(1, 12, picks=4),
+        Shape(1, 16, picks=8),
+    ]
+    assert two_copy_kinds(8)[0].lasting, "a draft's logits are looked at after the verify"

@@ -28,14 +28,19 @@ def double(state, pair: Pair) -> Tensor:
     return pair.total * 2
 
 
+def owning(device="cpu", **state):
+    tensors = {k: torch.tensor(v, device=device) for k, v in state.items()}
+    return SimpleNamespace(STATE=tuple(tensors), unnamed=torch.ones(()), **tensors)
+
+
 def new(**state):
-    owner = SimpleNamespace(**{k: torch.tensor(v) for k, v in state.items()})
+    owner = owning(**state)
     return owner, Phases("same", [owner], lambda t: False, recorder([owner]))
 
 
 def test_replays_are_calls():
     owner, phases = new(sum=0.0)
-    plain = SimpleNamespace(sum=torch.tensor(0.0))
+    plain = owning(sum=0.0)
     for k in range(6):
         x, scale = torch.arange(3.0) + k, 2 + k % 2
         got, want = phases(double, owner, phases(add, owner, x, scale)), call(double, plain, call(add, plain, x, scale))
@@ -62,9 +67,10 @@ def test_another_decode_is_adopted_with_its_state():
     owner, phases = new(sum=1.0)
     for _ in range(3):
         phases(add, owner, torch.ones(2), 1)
-    other = SimpleNamespace(sum=torch.tensor(10.0))
+    other = owning(sum=10.0)
     assert phases.adopt("same", [other])
     assert other.sum.data_ptr() == owner.sum.data_ptr()
+    assert other.unnamed.data_ptr() != owner.unnamed.data_ptr(), "only what is named is state"
     phases(add, other, torch.ones(2), 1)
     assert float(other.sum) == 12
 
@@ -75,7 +81,7 @@ def test_another_decode_is_adopted_with_its_state():
 )
 def test_what_does_not_fit_is_not_adopted(signature, state):
     owner, phases = new(sum=3.0)
-    other = SimpleNamespace(**{k: torch.tensor(v) for k, v in state.items()})
+    other = owning(**state)
     assert not phases.adopt(signature, [other])
     assert float(owner.sum) == 3
 
@@ -83,8 +89,8 @@ def test_what_does_not_fit_is_not_adopted(signature, state):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_graphs_are_calls():
-    owner = SimpleNamespace(sum=torch.zeros((), device="cuda"))
-    plain = SimpleNamespace(sum=torch.zeros((), device="cuda"))
+    owner = owning("cuda", sum=0.0)
+    plain = owning("cuda", sum=0.0)
     phases = Phases("same", [owner], lambda t: False)
     for k in range(6):
         x = torch.arange(3.0, device="cuda") + k

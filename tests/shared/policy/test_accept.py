@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.options import Acceptance, Blocks, Cache, Routing, Sampling, Unmask
+from shared.output import Lossless
 from shared.policy.accept import (
     accept_span,
     acceptance_ratio,
     accepted_length,
-    losslessness,
     residual,
+    sample_and_match,
+    self_speculative_losslessness,
     take_confident,
     verified_choice,
 )
@@ -284,7 +286,7 @@ def test_recorded_order_is_span_then_replacement_then_ratio():
 
 
 def options(**flat):
-    """The groups `losslessness` reads, resolved and lossless unless ``flat`` breaks them."""
+    """The groups `self_speculative_losslessness` reads, resolved and lossless unless ``flat`` breaks them."""
     take = lambda group, **base: group(**{**base, **{k: v for k, v in flat.items() if k in group.__slots__}})  # noqa: E731
     return SimpleNamespace(
         sampling=take(Sampling),
@@ -296,15 +298,19 @@ def options(**flat):
 
 
 def test_losslessness():
-    assert losslessness(options()) == (True, "every token is verified: same greedy text as block size one")
-    assert losslessness(options(temperature=0.5, acceptance="published")).lossless
-    assert "sampling law" in losslessness(options(temperature=0.5)).reason
-    assert losslessness(options(denoising_steps=9)).lossless, "a step is due one token, which verification decides"
-    both = losslessness(options(cache_ver=False, do_verify_policy="score_threshold"))
-    assert not both.lossless
+    assert self_speculative_losslessness(options()) == Lossless(
+        True, "every token is verified: same greedy text as block size one"
+    )
+    assert self_speculative_losslessness(options(temperature=0.5, acceptance="published"))
+    assert "sampling distribution" in self_speculative_losslessness(options(temperature=0.5)).reason
+    assert self_speculative_losslessness(options(denoising_steps=9)), (
+        "a step is due one token, which verification decides"
+    )
+    both = self_speculative_losslessness(options(cache_ver=False, do_verify_policy="score_threshold"))
+    assert not both
     assert both.reason.count(";") == 1, "every reason is told"
-    own = losslessness(options(), {"the family edits": True, "and more": False})
-    assert own == (False, "the family edits")
+    own = self_speculative_losslessness(options(), {"the family edits": True, "and more": False})
+    assert own == Lossless(False, "the family edits")
 
 
 @pytest.mark.parametrize(
@@ -319,3 +325,16 @@ def test_verifier_logits_that_are_not_numbers(mode):
     assert verdict.finite.tolist() == [False]
     if (acceptance, sampling) != ("exact", Sampling()):
         assert not verdict.accepted.any()
+
+
+def test_sample_and_match_by_hand():
+    """The verifier draws 2, 0, 1; the drafts say 2, 1: one is accepted, and the verifier's own token follows it."""
+    probs = torch.tensor([[[0.2, 0.2, 0.6], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]])
+    uniforms = torch.tensor([[0.9, 0.1, 0.5]])
+    drafted = torch.tensor([[2, 1]])
+    accepted, tokens = sample_and_match(drafted, probs.log(), uniforms, Sampling(temperature=1.0))
+    assert (accepted.tolist(), tokens.tolist()) == ([1], [[2, 0, 1]])
+    accepted, tokens = sample_and_match(torch.tensor([[2, 0]]), probs.log(), None, Sampling())
+    assert (accepted.tolist(), tokens.tolist()) == ([2], [[2, 0, 1]]), "greedy; all accepted, and one more"
+    again, _ = sample_and_match(torch.tensor([[1, 0]]), probs.log(), None, Sampling())
+    assert again.tolist() == [0], "what follows a mismatch does not count"

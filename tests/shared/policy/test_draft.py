@@ -127,6 +127,7 @@ def test_none_takes_nothing():
 def test_how_is_stable():
     """The numbers are in saved traces."""
     names = ["NONE", "PROMPT", "UNMASKED", "ACCEPTED", "RESAMPLED", "KEPT", "RATIO", "CONFIDENT", "NEXT", "EDITED"]
+    names += ["FORCED", "BONUS", "FILLED", "REMASKED"]
     assert [h.name for h in How] == names
     assert [int(h) for h in How] == list(range(len(names)))
 

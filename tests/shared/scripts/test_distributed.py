@@ -6,9 +6,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.output import Completion, Output
+from shared.output import Completion, Lossless, Output
 from shared.scripts.distributed import World
-from shared.trace import Trace
+from shared.trace import Spent, Trace
 
 
 def test_one_process_without_torchrun(monkeypatch):
@@ -52,10 +52,11 @@ def test_without_a_gpu_all_use_the_cpu(monkeypatch):
 
 
 def output(requests: list[int], seconds: float, batch_forwards: dict[str, int]) -> Output:
-    trace = Trace(1, 1, [1, 2], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], [0], [0], {"draft": 1})
+    trace = Trace(1, 1, [1, 2], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], 1, [], {"model": {"draft": Spent(1)}})
     completions = [Completion(k, [2], trace, seconds, 0) for k in requests]
-    batch_tokens = {kind: {"draft": 4, "verify": 8}[kind] * n for kind, n in batch_forwards.items()}
-    return Output(completions, seconds, batch_forwards, True, "why", seconds / 2, batch_tokens)
+    width = {"draft": 4, "verify": 8}
+    batch = {"model": {kind: Spent(n, width[kind] * n) for kind, n in batch_forwards.items()}}
+    return Output(completions, seconds, Lossless(True, "why"), batch, prefill_seconds=seconds / 2)
 
 
 def gathered(monkeypatch, rank: int, parts: list[Output | None]) -> Output | None:
@@ -77,7 +78,7 @@ def test_outputs_become_one(monkeypatch):
     assert (whole.seconds, whole.prefill_seconds) == (3.0, 1.5), "the slowest"
     assert whole.batch_forwards == {"draft": 6, "verify": 1}
     assert whole.batch_tokens == {"draft": 24, "verify": 8}
-    assert (whole.lossless, whole.lossless_reason) == (True, "why")
+    assert whole.lossless == Lossless(True, "why")
     assert gathered(monkeypatch, 1, parts) is None
     assert gathered(monkeypatch, 2, parts) is None
 

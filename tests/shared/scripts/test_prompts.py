@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.decode.calls import as_prompts
 from shared.errors import UserError
-from shared.scripts.prompts import as_prompts, encode_prompt, read_prompt_file
+from shared.scripts.prompts import encode_prompt, read_prompt_file
 
 IDS = [[1, 2], [3, 4]]
 

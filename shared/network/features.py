@@ -1,0 +1,3 @@
+class Features:
+    def __init__(self, layers=()):
+        self.layers = layers
