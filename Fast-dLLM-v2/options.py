@@ -6,23 +6,38 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shared.errors import UserError
-from shared.options import Acceptance, Bandit, Estimation, FlatOptions, Routing, Runtime, Sampling, check, option
+from shared.options import (
+    Acceptance,
+    Bandit,
+    BlockLength,
+    Ending,
+    Estimation,
+    FlatOptions,
+    Group,
+    LastCommit,
+    Routing,
+    Runtime,
+    Sampling,
+    Threshold,
+    check,
+    option,
+)
+from shared.options import Cache as CommonCache
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    block_length: int | None = option(None, "tokens committed together; default: the checkpoint's bd_size", low=1)
+@dataclass(frozen=True)
+class SmallBlocks:
+    __slots__ = ()
     small_block_length: int | None = option(
         None,
         "tokens drafted together, a divisor of block_length; default: 8, or block_length where 8 does not divide it",
         low=1,
     )
-    max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
-    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer, then the released one", low=0)
-    stopping_criteria_idx: tuple[int, ...] | None = option(
-        None, "token ids that end the text; default: generation config, then config, then tokenizer"
-    )
-    trim_stop_tokens: bool = option(True, "cut the output before the first stop token, not after it")
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Ending, SmallBlocks, BlockLength, Group):
+    block_length: int | None = option(None, "tokens committed together; default: the checkpoint's bd_size", low=1)
     round_to_blocks: bool = option(
         False, "max_new_tokens // block_length blocks from the prompt's on, and one token (as published)"
     )
@@ -38,34 +53,13 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Threshold:
-    confidence_threshold: float = option(0.9, "every draft above this confidence is taken", low=0.0, high=1.0)
-
-    def __post_init__(self):
-        check(self)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCache:
+class BlockCache(Group):
     use_block_cache: bool = option(
         False, "draft a small block on cached keys of the whole block (of its other positions)"
     )
     refresh_block_cache: bool = option(
         True, "those keys are computed anew when a small block begins; false: never, as published with S2D2"
     )
-
-    def __post_init__(self):
-        check(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Savings:
-    """Switches that change how many forwards a text costs, never the text."""
-
-    skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
-
-    def __post_init__(self):
-        check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +70,12 @@ class StandardOptions(FlatOptions):
     blocks: Blocks = field(default_factory=Blocks)
     unmask: Threshold = field(default_factory=Threshold)
     block_cache: BlockCache = field(default_factory=BlockCache)
-    savings: Savings = field(default_factory=Savings)
+    savings: LastCommit = field(default_factory=LastCommit)
     runtime: Runtime = field(default_factory=Runtime)
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
-    cache_ver: bool = option(False, "commit blocks token-causally, so that cached keys are the verifier's own")
-    draft_ver: bool = option(False, "known tokens of the block attend causally while drafting")
+class Cache(CommonCache):
     draft_ver_rows: Literal["block", "small_block"] = option(
         "block", "count draft_ver's known tokens from the block's start, or (as published) the small_block's"
     )

@@ -9,47 +9,38 @@ from shared.errors import UserError
 from shared.options import (
     Acceptance,
     Bandit,
+    BlockLength,
     Cache,
+    CommitSavings,
+    Ending,
     Estimation,
     FlatOptions,
+    Group,
     Routing,
     Runtime,
     Sampling,
-    check,
+    Threshold,
     option,
 )
 from shared.options import Savings as CommonSavings
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    block_length: int | None = option(None, "tokens decoded together; default: the checkpoint's block_size", low=1)
-    max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
-    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer, then the released one", low=0)
-    stopping_criteria_idx: tuple[int, ...] | None = option(
-        None, "token ids that end the text; default: generation config, then config, then tokenizer"
-    )
-    trim_stop_tokens: bool = option(True, "cut the output before the first stop token, not after it")
+class Blocks(Ending, BlockLength, Group):
     eos_early_stop: bool = option(True, "stop after the block that holds a stop token; otherwise decode on and cut")
     as_bias: bool = option(False, "add the 0/1 block-causal mask to the scores instead of masking (as published)")
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Unmask:
+class Unmask(Threshold):
     confidence_threshold: float = option(
         0.7, "a masked position above this confidence is filled; 1: none, so num_to_transfer a step", low=0.0
     )
     num_to_transfer: int = option(1, "fill at least this many masked positions a step", low=1)
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Editing:
+class Editing(Group):
     editing_threshold: float = option(
         0.5, "another token above this confidence replaces a known one of the block; 1: never", low=0.0
     )
@@ -57,46 +48,37 @@ class Editing:
         0, "forwards that may still edit a block after its last mask is gone", low=0, high=1024
     )
 
-    def __post_init__(self):
-        check(self)
-
     @property
     def on(self) -> bool:
         """May a token ever be replaced? No confidence is above 1."""
         return self.editing_threshold < 1
 
 
-_REUSE_DRAFT = "a draft that found a block finished and changed nothing is its commit"
-_SKIP_IDLE = "no post steps where editing is off: they could change nothing"
+@dataclass(frozen=True)
+class IdlePostSteps:
+    __slots__ = ()
+    skip_idle_post_steps: bool = option(True, "no post steps where editing is off: they could change nothing")
+
+
+@dataclass(frozen=True)
+class ReuseDraft:
+    __slots__ = ()
+    reuse_draft: bool = option(True, "a draft that found a block finished and changed nothing is its commit")
 
 
 @dataclass(frozen=True, slots=True)
-class NoCacheSavings:
+class NoCacheSavings(IdlePostSteps, Group):
     """Switches that change how many forwards a text costs, never the text."""
 
-    skip_idle_post_steps: bool = option(True, _SKIP_IDLE)
-
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class PlainSavings:
+class PlainSavings(IdlePostSteps, ReuseDraft, CommitSavings):
     """The same where finished blocks are kept in a cache."""
 
-    skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
-    fuse_commit: bool = option(True, "a finished block is committed in the forward of the next block's first draft")
-    reuse_draft: bool = option(True, _REUSE_DRAFT)
-    skip_idle_post_steps: bool = option(True, _SKIP_IDLE)
-
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Savings(CommonSavings):
-    reuse_draft: bool = option(True, _REUSE_DRAFT)
-    skip_idle_post_steps: bool = option(True, _SKIP_IDLE)
+class Savings(IdlePostSteps, ReuseDraft, CommonSavings):
+    """The same where spans are verified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
-import sdar
-from sdar import SDARForCausalLM, generate, generate_ssd_policy
+from eval.shapes import family_of
 from shared.errors import run_main
+from shared.family import FAMILIES, Family
 from shared.network.loading import load_tokenizer, resolve_device
+from shared.scripts.models import checkpoints_of, load_models, other_models
 from shared.scripts.prompts import encode_prompt, read_prompt_file
 
-DECODERS = {
-    "plain diffusion": (generate.block_diffusion_generate, {"confidence_threshold": 0.9}),
-    "S2D2, exact": (
-        generate_ssd_policy.block_diffusion_generate,
-        {"do_verify_policy": "always", "acceptance": "exact", "cache_ver": True},
-    ),
-    "block size one": (generate.block_diffusion_generate, {"block_length": 1}),
-}
+
+def settings_of(family: Family) -> dict:
+    """What is decoded both ways, by name."""
+    found = {"plain": family.plain, f"{family.method}, exact": family.exact, "baseline": family.baseline}
+    return {name: setting for name, setting in found.items() if setting is not None}
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -33,10 +32,10 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def compare(decode, model, prompts, **flat) -> dict:
+def compare(decode, prompts, **flat) -> dict:
     """Texts of the plain network against those of the fast one."""
-    plain = decode(model, prompts, fast=False, **flat).tokens
-    fast = decode(model, prompts, **flat).tokens
+    plain = decode(prompts, fast=False, **flat).tokens
+    fast = decode(prompts, **flat).tokens
     shared = sum(common_prefix(a, b) for a, b in zip(plain, fast, strict=True))
     return {
         "texts": len(plain),
@@ -47,28 +46,35 @@ def compare(decode, model, prompts, **flat) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(sdar.__file__).parent / "tiny"))
+    parser.add_argument("--family", choices=FAMILIES, help="default: that of the model, else the default one")
+    parser.add_argument("--model", help="a checkpoint (default: the family's shipped one)")
     parser.add_argument("--problems", type=int, default=128, help="of each task")
-    parser.add_argument("--block_length", type=int, default=16)
+    parser.add_argument("--block_length", type=int, help="default: the benchmark's for the family")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args(argv)
-    model = SDARForCausalLM.from_pretrained(args.model, dtype=args.dtype, device=resolve_device(args.device))
-    model.fast(required=True)
-    tokenizer = load_tokenizer(args.model)
+    family = family_of(args.family, None, args.model)
+    source = args.model or f"{family.name}/{next(iter(family.shipped))}"
+    models = load_models(family, checkpoints_of(family, source), dtype=args.dtype, device=resolve_device(args.device))
+    for model in models.values():
+        model.fast(required=True)
+    tokenizer = load_tokenizer(models[family.first].folder)
     files = sorted((Path(__file__).parent / "tasks").glob("*.jsonl"))
     records = [record for file in files for record in read_prompt_file(file)[: args.problems]]
     prompts = [encode_prompt(tokenizer, record) for record in records]
     rows = {}
-    for name, (decode, flat) in DECODERS.items():
-        call = {"block_length": args.block_length, "max_new_tokens": 192, "batch_size": args.batch_size, **flat}
-        rows[name] = compare(decode, model, prompts, **call)
+    for name, setting in settings_of(family).items():
+        decoder = family.decoders[setting.decoder]
+        flat = {"block_length": args.block_length or family.block_length, "max_new_tokens": 192} | dict(setting.options)
+        known = {k: v for k, v in flat.items() if k in decoder.options_class.names()}
+        call = {"batch_size": args.batch_size, **other_models(family, setting.decoder, models)}
+        rows[name] = compare(partial(decoder.generate, models[family.first]), prompts, **known, **call)
         r = rows[name]
         print(
             f"{name:20s} {r['equal']}/{r['texts']} texts equal, {100 * r['tokens_before_first_difference']:.2f} % of tokens before a difference"
         )
-    print(json.dumps({"model": args.model, "dtype": args.dtype, "decoders": rows}))
+    print(json.dumps({"model": source, "dtype": args.dtype, "decoders": rows}))
 
 
 if __name__ == "__main__":

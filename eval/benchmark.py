@@ -1,14 +1,13 @@
 """Speed of a family's forwards and decoders, next to what the machine allows.
 
-python -m eval.benchmark                                    # the shipped checkpoint, on what is here
+python -m eval.benchmark                                    # the default family's shipped checkpoint, on what is here
 python -m eval.benchmark --family Fast-dLLM-v2              # that family's shipped checkpoint
 python -m eval.benchmark --shape sdar-8b --accept 5         # random weights of a named shape, acceptance by a script
 python -m eval.benchmark --shape llada2-mini --decodes false  # forwards alone
-python -m eval.benchmark --readme SDAR/README.md              # rewrite the tables that a README makes from recorded results
 python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"block_length": 16}'
 
 Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes. The floor of a forward is what its bytes or its
-operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
+operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; beside it stands the share of the bandwidth in the device's datasheet at which those bytes were read. "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
 nothing, so `--accept N` keeps the first N tokens of every verified span whatever the verifier says; the acceptance rule still runs. A table for people,
 then one JSON line, always last.
 """
@@ -16,7 +15,6 @@ then one JSON line, always last.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import random
 import time
@@ -30,16 +28,18 @@ from torch import Tensor
 
 from eval.hf_style import HFStyle
 from eval.roofline import Machine, Touched, Work, expert_layers, expert_sizes, forward_work, timed, touched_experts
-from eval.speed_tables import refreshed
-from eval.subjects import SHAPES, SUBJECTS, Kind, Subject, random_model, subject_of
+from eval.shapes import family_of, random_models, shapes
 from shared.errors import UserError, run_main
+from shared.family import FAMILIES, DecoderSetting, Family, imported
 from shared.gpu.engine import Engine
 from shared.gpu.graphs import GraphRunner
 from shared.network import masks
-from shared.network.loading import resolve_device, resolve_dtype
+from shared.network.loading import CheckpointModel, resolve_device, resolve_dtype
+from shared.network.timed import Forward
 from shared.options import Runtime
 from shared.output import Output
 from shared.policy.accept import Verdict, accept_span
+from shared.scripts.models import checkpoints_of, load_models, other_models
 
 
 def scripted(accept: int) -> Callable[..., Verdict]:
@@ -55,14 +55,14 @@ def scripted(accept: int) -> Callable[..., Verdict]:
 
 
 class Forwards:
-    """Times single forwards of an engine whose rows all hold ``context`` tokens."""
+    """Times single forwards of an engine whose rows all hold ``context`` tokens; ``prefix`` goes before their names."""
 
-    def __init__(self, model, machine: Machine, engine: Engine, length: int, context: int):
+    def __init__(self, model, machine: Machine, engine: Engine, length: int, context: int, prefix: str = ""):
         self.model, self.machine, self.engine = model, machine, engine
-        self.length, self.context = length, context
+        self.length, self.context, self.prefix = length, context, prefix
         self.rows: list[dict] = []
 
-    def measure(self, kind: Kind, rows: int) -> float:
+    def measure(self, kind: Forward, rows: int) -> float:
         """Seconds of one kind of forward at batch ``rows``; adds a line to the table."""
         cache, device, tokens = self.engine.cache, self.model.device, kind.tokens
         cache.reset(range(len(cache.lengths)))
@@ -110,11 +110,13 @@ class Forwards:
         self.rows[-1]["share_of_matrix_rate"] = round(work.operations / seconds / self.machine.rate, 3)
 
     def add(self, name: str, seconds: float, work: Work, touched: Touched) -> None:
-        ms, least = 1e3 * seconds, 1e3 * work.floor(self.machine)
+        name, ms, least = self.prefix + name, 1e3 * seconds, 1e3 * work.floor(self.machine)
         line = {"forward": name, "ms": round(ms, 3), "floor_ms": round(least, 3), "over_floor": round(ms / least, 2)}
-        line["read_bytes"] = round(work.read_bytes)
+        share = self.machine.of_datasheet(work.read_bytes / seconds)
+        line |= {"read_bytes": round(work.read_bytes), "of_datasheet": None if share is None else round(share, 3)}
         self.rows.append(line)
-        print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x", flush=True)
+        shown = "" if share is None else f"   {100 * share:5.1f} % of the datasheet bandwidth"
+        print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x{shown}", flush=True)
         if touched.experts:
             layers = len(expert_layers(self.model))
             read = touched.experts * expert_sizes(self.model)[1] * self.model.lm_head.weight.element_size()
@@ -141,16 +143,14 @@ def seconds_in_graphs(runner: GraphRunner, replays: Counter, device) -> float:
     return sum(count * seconds[shape] for shape, count in replays.items())
 
 
-def measure_decode(
-    name: str, decode: Callable[..., Output], model, rows: int, args, draft: float, verify: float, **flat
-) -> dict:
+def measure_decode(name: str, decode: TimedDecoder, model, rows: int, args, draft: float, verify: float) -> dict:
     """One decode of ``rows`` prompts at once, after one to warm up.
 
     The time outside forwards is that of the decode less its forwards, each by its shape; without graphs by ``draft`` and ``verify``, seconds of those
     forwards at this batch size.
     """
     prompts = prompts_of(model, rows, args.context)
-    call = {"block_length": args.block_length, "max_new_tokens": args.new_tokens, "stopping_criteria_idx": (), **flat}
+    call = {"block_length": args.block_length, "max_new_tokens": args.new_tokens, "stopping_criteria_idx": ()}
     runtime = {"fast": args.fast, "graphs": args.graphs}
     decode(model, prompts, **{**call, "max_new_tokens": 2 * args.block_length, **runtime})
     if model.device.type == "cuda":
@@ -190,18 +190,17 @@ def measure_decode(
     return line
 
 
-def imported(target: str, field: str):
+def users_own(target: str, field: str):
     """What ``module:name``, the value of ``field``, stands for; `UserError` if it cannot be imported."""
-    module, _, name = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        return imported(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{field} {target!r} cannot be imported ({error}). Allowed: MODULE:NAME") from error
 
 
 def against(target: str, kwargs: dict, model, args) -> dict:
     """The same prompt and weights through a decoder with the published signature: ``function(model, input_ids, **kwargs)``."""
-    decode = imported(target, "vs")
+    decode = users_own(target, "vs")
     ids = torch.tensor(prompts_of(model, 1, args.context), device=model.device)
     style, seconds = HFStyle(model), []
     for _ in range(2):
@@ -216,7 +215,7 @@ def against(target: str, kwargs: dict, model, args) -> dict:
     return {"decode": target, "rows": 1, "tokens_per_second": round(tokens / seconds[-1], 1)}
 
 
-def profile(decode: Callable[..., Output], model, args, path: str, **flat) -> None:
+def profile(decode: TimedDecoder, model, args, path: str) -> None:
     """Kernel names and times of a short decode at batch 1, per decoding step, to ``path``."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -226,7 +225,6 @@ def profile(decode: Callable[..., Output], model, args, path: str, **flat) -> No
         "block_length": args.block_length,
         "max_new_tokens": 4 * args.block_length,
         "stopping_criteria_idx": (),
-        **flat,
     }
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
         output = decode(model, prompts_of(model, 1, args.context), **call, fast=args.fast, graphs=args.graphs)
@@ -255,16 +253,16 @@ def check(args) -> None:
     for path in filter(None, (args.json, args.profile)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     if args.vs:
-        imported(args.vs, "vs")
+        users_own(args.vs, "vs")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=SUBJECTS, help="default: that of the shape or model, else SDAR")
+    parser.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
     parser.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
+    parser.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")
     parser.add_argument("--accept", type=int, help="accept this many tokens of every verified span, by script")
-    parser.add_argument("--block_length", type=int, help="default: 16 for SDAR, 32 for the others")
+    parser.add_argument("--block_length", type=int, help="default: the family's")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -276,81 +274,101 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--decodes", type=true_or_false, default=True, help="true or false: time decodes too")
     parser.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
     parser.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
-    parser.add_argument("--profile", help="write kernel names and times of one S2D2 step at batch 1 to this file")
+    parser.add_argument(
+        "--profile", help="write kernel names and times of one speculative step at batch 1 to this file"
+    )
     parser.add_argument("--json", help="also write the result to this file")
-    parser.add_argument("--readme", nargs="+", help="rewrite the marked tables of these files and measure nothing")
     return parser.parse_args(argv)
 
 
-def load(args, subject: Subject):
-    """The model to measure; bounds what ``args`` ask of it by its positions."""
+def load(args, family: Family) -> dict[str, CheckpointModel]:
+    """The models to measure, by role; bounds what ``args`` ask of them by their positions."""
     device = resolve_device(args.device)
     if args.shape:
-        model = random_model(args.shape, device, resolve_dtype(args.dtype, torch.bfloat16, device))
+        models = random_models(family, args.shape, device, resolve_dtype(args.dtype, torch.bfloat16, device))
     else:
-        source = args.model or subject.family.shipped
-        model = subject.family.model_class.from_pretrained(source, dtype=args.dtype, device=device)
-    room = model.config.max_position_embeddings
-    args.block_length = args.block_length or subject.block_length
+        checkpoints = (
+            checkpoints_of(family, args.model) if args.model else family.checkpoints(next(iter(family.shipped)))
+        )
+        models = load_models(family, checkpoints, dtype=args.dtype, device=device)
+    room = min(model.config.max_position_embeddings for model in models.values())
+    args.block_length = args.block_length or family.block_length
     fit = {"context": min(args.context, room // 2), "prefill": min(args.prefill, room)}
     for name, value in fit.items():
         if value < getattr(args, name):
             print(f"{name} {getattr(args, name)} does not fit {room} positions: {value}")
             setattr(args, name, value)
-    return model
+    return models
 
 
-def measure_forwards(model, subject: Subject, machine: Machine, args) -> tuple[Engine, Forwards, dict]:
-    """``(engine, table, seconds by (rows, draft or verify))``"""
-    length = args.block_length
+def measure_forwards(model, family: Family, role: str, machine: Machine, args) -> tuple[Engine, Forwards, dict]:
+    """``(engine, table, seconds by (rows, name of the forward))`` of the network of a role."""
+    length, timed_of = args.block_length, family.timed[role]
     blocks = -(-(args.context + args.new_tokens) // length) * length
     slots, runtime = max(blocks + 2 * length, args.prefill), Runtime(fast=args.fast, graphs=args.graphs)
     if model.device.type == "cuda" and args.graphs is not False:
         print(
             "capturing CUDA graphs; the first time on a machine their kernels are compiled, a minute or two", flush=True
         )
-    engine = Engine.of(model, max(args.batch), slots, length, runtime, subject.graphs(length))
-    times, table = {}, Forwards(model, machine, engine, length, args.context)
+    captured = imported(timed_of.kinds)(length) if timed_of.kinds else None
+    engine = Engine.of(model, max(args.batch), slots, length, runtime, captured)
+    prefix = f"{role}: " if len(family.timed) > 1 else ""
+    times, table = {}, Forwards(model, machine, engine, length, args.context, prefix)
     for rows in args.batch:
-        for kind in subject.kinds(length, model.device):
+        for kind in imported(timed_of.forwards)(length, model.device):
             times[rows, kind.name] = table.measure(kind, rows)
     table.prefill(args.prefill)
     print(f"graphs: {engine.capture_seconds:.1f} s to capture {len(engine.runner.captured) if engine.runner else 0}\n")
     return engine, table, times
 
 
-def measure_decodes(model, subject: Subject, times: dict, args) -> list[dict]:
-    """Plain decoding and S2D2 at every batch size, and what they are to be compared with."""
-    plain, s2d2 = subject.plain_generate, subject.speculative_generate
+class TimedDecoder:
+    """A decoder of a family with the keywords of one of its settings, as the benchmark calls it."""
+
+    def __init__(self, family: Family, setting: DecoderSetting, models: dict, **more):
+        decoder = family.decoders[setting.decoder]
+        self.names, self.generate = decoder.options_class.names(), decoder.generate
+        self.call = {**other_models(family, setting.decoder, models), **setting.options, **more}
+
+    def __call__(self, model, prompts, **flat) -> Output:
+        """``flat`` as far as the decoder has such options."""
+        return self.generate(model, prompts, **{k: v for k, v in flat.items() if k in self.names} | self.call)
+
+
+def measure_decodes(models: dict, family: Family, times: dict, args) -> list[dict]:
+    """Decoding without verifying (or the baseline) and speculation at every batch size, and what they are to be compared with."""
+    model = models[family.first]
+    plain = TimedDecoder(family, family.plain or family.baseline, models)
     rule = {"accept_rule": scripted(args.accept)} if args.accept is not None else {}
-    label = f"S2D2, {args.accept} accepted by script" if rule else "S2D2"
+    speculative = TimedDecoder(family, family.exact, models, **rule)
+    label = f"{family.method}, {args.accept} accepted by script" if rule else family.method
     decodes = []
     for rows in args.batch:
         spent = {"draft": times[rows, "draft"], "verify": times[rows, "verify"]}
-        decodes.append(measure_decode("plain", plain, model, rows, args, **spent))
-        decodes.append(measure_decode(label, s2d2, model, rows, args, **spent, **subject.lossless, **rule))
+        decodes.append(measure_decode("plain" if family.plain else "baseline", plain, model, rows, args, **spent))
+        decodes.append(measure_decode(label, speculative, model, rows, args, **spent))
     if args.vs:
         decodes.append(against(args.vs, args.vs_kwargs, model, args))
         print(f"ratio: {decodes[1]['tokens_per_second'] / decodes[-1]['tokens_per_second']:.2f} x")
     if args.profile:
-        profile(s2d2, model, args, args.profile, **subject.lossless, **rule)
+        profile(speculative, model, args, args.profile)
     return decodes
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.readme:
-        for path in map(Path, args.readme):
-            path.write_text(refreshed(path.read_text(encoding="utf-8"), Path(__file__).parents[1]), encoding="utf-8")
-        return
     check(args)
-    subject = subject_of(args.family, args.shape, args.model)
-    model = load(args, subject)
+    family = family_of(args.family, args.shape, args.model)
+    models = load(args, family)
+    model = models[family.first]
     machine = Machine.measure(model.device, model.dtype)
     print(
         f"{machine.name}: reads {machine.read / 1e12:.2f} TB/s, {str(model.dtype)[6:]} products {machine.rate / 1e12:.1f} TFLOP/s"
     )
-    engine, table, times = measure_forwards(model, subject, machine, args)
+    lines, times, captured = [], {}, 0.0
+    for role in family.timed:
+        engine, table, seconds = measure_forwards(models[role], family, role, machine, args)
+        lines, times, captured = lines + table.rows, seconds | times, captured + engine.capture_seconds
     result = {
         "model": args.shape or str(args.model or "tiny"),
         "machine": {"name": machine.name, "read_bytes_per_second": machine.read, "operations_per_second": machine.rate},
@@ -359,9 +377,9 @@ def main(argv: list[str] | None = None) -> None:
         "block_length": args.block_length,
         "context": args.context,
         "accept": args.accept,
-        "capture_seconds": round(engine.capture_seconds, 2),
-        "forwards": table.rows,
-        "decodes": measure_decodes(model, subject, times, args) if args.decodes else [],
+        "capture_seconds": round(captured, 2),
+        "forwards": lines,
+        "decodes": measure_decodes(models, family, times, args) if args.decodes else [],
     }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

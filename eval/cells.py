@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval import calibration, code_eval
-from eval.families import fingerprint
+from eval.families import fingerprints
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
-from eval.store import texts_in
 from shared.errors import UserError, unknown_name
+from shared.family import family_named
+from shared.scripts.store import records_in
 from shared.trace import How
 
 TASKS = Path(__file__).parent / "tasks"
@@ -24,16 +25,18 @@ OFFLINE = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 
 
 class Bench:
-    """Measures cells of one checkpoint; its predictions go under ``folder``."""
+    """Measures cells of one family's checkpoints; its predictions go under ``folder``."""
 
     def __init__(self, grid: Grid, first: Setting, folder: Path, *, device: str, seed: int, run_code: bool):
         from lm_eval.tasks import TaskManager
 
         code_eval.install()
         self.grid, self.folder, self.seed, self.run_code = grid, folder, seed, run_code
+        roles = dict(first.checkpoints)
+        self.checkpoints, source = dict(roles), roles.pop(family_named(first.family).first)
         self.lm = DraftAndVerifyLM(
-            first.pretrained, first.family, first.decoder, dtype=grid.dtype, device=device, batch_size=grid.batch_size,
-            seed=seed, traces=True,
+            source, first.family, first.decoder, dtype=grid.dtype, device=device, batch_size=grid.batch_size,
+            seed=seed, traces=True, **roles,
         )  # fmt: skip
         others = any(a.task not in OFFLINE for a in grid.tasks)
         self.tasks = TaskManager(include_path=str(TASKS), include_defaults=others)
@@ -91,11 +94,10 @@ class Bench:
     def _baseline(self, asked: Asked) -> dict[int, list[int]]:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""
         if asked.task not in self._baselines:
-            family = self.lm.family_name
-            mine = (family, self.lm.pretrained, self.grid.baseline)
-            first = next((s for s in self.grid.settings if (s.family, str(s.pretrained), s.name) == mine), None)
+            mine = (self.lm.family_name, self.checkpoints, self.grid.baseline)
+            first = next((s for s in self.grid.settings if (s.family, s.checkpoints, s.name) == mine), None)
             key = cell_key(self.grid, first, asked, self.seed) if first else ""
-            texts = texts_in(self.folder / "predictions" / key) if first else {}
+            texts = records_in(self.folder / "predictions" / key, "predictions", "key") if first else {}
             self._baselines[asked.task] = {r["doc"]: r["ids"] for r in texts.values()}
         return self._baselines[asked.task]
 
@@ -148,7 +150,7 @@ def quiet() -> Iterator[None]:
 
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
-    what = [setting.family, setting.decoder, setting.pretrained, fingerprint(setting.pretrained), setting.resolved(), asked.task, asked.metric,
+    what = [setting.family, setting.decoder, setting.checkpoints, fingerprints(setting.checkpoints), setting.resolved(), asked.task, asked.metric,
             grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
@@ -156,7 +158,7 @@ def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
 def described(setting: Setting, asked: Asked) -> dict:
     """What was run."""
     return {"family": setting.family, "setting": setting.name, "group": setting.group, "decoder": setting.decoder,
-            "pretrained": Path(setting.pretrained).name, "preset": setting.preset, "options": setting.options, "task": asked.task}  # fmt: skip
+            "pretrained": setting.checkpoint, "preset": setting.preset, "options": setting.options, "task": asked.task}  # fmt: skip
 
 
 def judged(samples: list[dict], asked: Asked, records: dict[int, dict]) -> dict:

@@ -1,11 +1,11 @@
-"""The metric ``code_eval`` that humaneval and mbpp would fetch from a hub, judged by `eval.sandbox` instead."""
+"""The metric ``code_eval`` that humaneval and mbpp would fetch from a hub, judged by `shared.scripts.sandbox` instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import comb
 
-from eval import sandbox
+from shared.scripts import sandbox
 
 
 class CodeEval:

@@ -2,7 +2,6 @@
 
 python -m eval.compare eval/grids/tiny.yaml --confirm_run_unsafe_code        # the shipped SDAR checkpoint: thresholds against S2D2
 python -m eval.compare --run family=SDAR,decoder=standard,block_length=8/16 --run family=SDAR,decoder=ssd_policy,preset=tiny --tasks instructions
-python -m eval.compare --readme                                              # rewrite the tables of the READMEs and measure nothing
 
 A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the same
 command goes on where a killed one stopped. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
@@ -17,12 +16,10 @@ import logging
 from pathlib import Path
 
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
-from eval.results import refreshed, rows_of, write_csv
-from eval.store import opened, read_lines
+from eval.results import rows_of, write_csv
 from shared.errors import UserError, run_main
 from shared.scripts.distributed import World
-
-ROOT = Path(__file__).parent.parent
+from shared.scripts.store import Store, records_in
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,16 +45,12 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--device", default="auto")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument(
-        "--confirm_run_unsafe_code", action="store_true", help="run model-written code, confined (eval/sandbox.py)"
+        "--confirm_run_unsafe_code",
+        action="store_true",
+        help="run model-written code, confined (shared/scripts/sandbox.py)",
     )
     flags.add_argument(
         "--report", action="store_true", help="measure nothing: write the report of the cells that are there"
-    )
-    flags.add_argument(
-        "--readme",
-        nargs="*",
-        metavar="FILE",
-        help="rewrite the tables of these READMEs (default: all) and measure nothing",
     )
     return flags
 
@@ -91,21 +84,21 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
     """Measure what is missing in ``folder``, baselines first, one checkpoint after the other."""
     from eval.cells import Bench, cell_key
 
-    done = {c["key"] for c in cells_in(folder)}
+    cells = Store(folder, "cells", "key")  # the process that leads writes it
     leads = World.from_environment().rank == 0
     ordered = sorted(grid.settings, key=lambda s: s.name != grid.baseline)
-    todo = [(s, a) for s in ordered for a in grid.tasks if cell_key(grid, s, a, seed) not in done]
+    todo = [(s, a) for s in ordered for a in grid.tasks if cell_key(grid, s, a, seed) not in cells.found]
     number = 0
-    for source in dict.fromkeys((s.family, s.pretrained) for s, _ in todo):
-        here = [(s, a) for s, a in todo if (s.family, s.pretrained) == source]
+    for family, checkpoint in dict.fromkeys((s.family, s.checkpoint) for s, _ in todo):
+        here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
         bench = Bench(grid, here[0][0], folder, device=device, seed=seed, run_code=run_code)
         for setting, asked in here:
             number += 1
             cell = bench.measure(setting, asked)
             if leads and cell is not None:
-                with opened(folder / "cells.jsonl", resume=True) as file:
-                    file.write(json.dumps(cell) + "\n")
+                cells.append(cell)
                 print(f"{number}/{len(todo)} {line_of(cell)}", flush=True)
+    cells.close()
 
 
 def line_of(cell: dict) -> str:
@@ -119,8 +112,7 @@ def line_of(cell: dict) -> str:
 
 def cells_in(folder: Path) -> list[dict]:
     """The finished cells of a folder, the last of a key where there are two."""
-    path = folder / "cells.jsonl"
-    return list({c["key"]: c for c in read_lines(path)}.values()) if path.is_file() else []
+    return list(records_in(folder, "cells", "key").values())
 
 
 def write(grid: Grid, folder: Path, seed: int) -> None:
@@ -152,17 +144,8 @@ def in_lines(results: dict) -> str:
     return f'{{"grid": {json.dumps(results["grid"])},\n"rows": [\n{rows}\n]}}\n'
 
 
-def readmes() -> list[Path]:
-    """Every README of the repository."""
-    return [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("*/*/README.md"))]
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.readme is not None:
-        for path in [Path(f) for f in args.readme] or readmes():
-            path.write_text(refreshed(path.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
-        return
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     grid = grid_from(args)
     folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from eval.cells import TASKS
-from eval.families import FAMILIES
 from shared.errors import run_main
+from shared.family import default_family, family_named
 
 KEPT = (
     "results",
@@ -26,12 +26,13 @@ KEPT = (
     "n-samples",
     "higher_is_better",
 )  # of lm-eval's results file: what does not tell the time
-_PRELOADED = ["eval.model", "evaluate", "sdar.generate_ssd_policy", "lm_eval.evaluator", "lm_eval._cli", "datasets"]
+_PRELOADED = ["eval.model", "evaluate", "lm_eval.evaluator", "lm_eval._cli", "datasets"]
 
 
 def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[str]:
     """The flags of the run under test."""
-    model = f"family=SDAR,pretrained={FAMILIES['SDAR'].shipped},preset=tiny,dtype=float32"
+    family = family_named(default_family())
+    model = f"family={family.name},pretrained={family.tiny},preset=tiny,dtype=float32"
     return ["--model", "dllm", "--model_args", model, "--tasks", task, "--limit", str(limit), "--batch_size", "4",
             "--apply_chat_template", "--device", device, "--output_path", str(folder / "run")]  # fmt: skip
 
@@ -60,7 +61,9 @@ def run_cli(flags: list[str], log: str | None = None) -> None:
 def processes():
     """A context whose processes start with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    family = family_named(default_family())
+    decoder = next(iter(family.decoders.values()))
+    context.set_forkserver_preload([*_PRELOADED, decoder.function.partition(":")[0]])
     return context
 
 
@@ -84,7 +87,7 @@ def finish(context, flags: list[str], folder: Path) -> None:
 
 def texts_on_disk(folder: Path) -> int:
     """Finished lines of predictions."""
-    return sum(p.read_bytes().count(b"\n") for p in folder.rglob("predictions-*.jsonl"))
+    return sum(p.read_bytes().count(b"\n") for p in folder.rglob("predictions*.jsonl"))
 
 
 def kill(context, flags: list[str], folder: Path, texts: int, later: float) -> bool:

@@ -12,34 +12,41 @@
         options: {block_length: [8, 16], confidence_threshold: [0.8, 0.9]}     # a list is swept
         variants: {}                                    # name -> options, swept like a list; the name is {variant}
 
-A run without ``pretrained`` takes the checkpoint that ships with its family. ``preset`` is a preset of the decoder, under ``options``.
+A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of networks beside the first go by their role
+(``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
 
-from eval.families import family_named
 from shared.errors import UserError, unknown_name
+from shared.family import Family, default_family, family_named
+from shared.scripts.models import check_roles, checkpoints_of
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One decoder with its options. ``group`` is drawn as one line."""
+    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line."""
 
     name: str
     family: str
     decoder: str
-    pretrained: str
+    checkpoints: Mapping[str, str]
     group: str
     preset: str | None = None
     options: dict = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> str:
+        """What its checkpoints are called."""
+        return "+".join(dict.fromkeys(Path(c).name for c in self.checkpoints.values()))
 
     def resolved(self) -> dict:
         """Every option of the decoder, the preset's and the defaults among them."""
@@ -118,12 +125,10 @@ def grid_of(data: dict) -> Grid:
         if (s.family, s.name) in seen:
             raise UserError(f"two settings of {s.family} are called {s.name!r}. Allowed: names that differ")
         seen.add((s.family, s.name))
-    called: dict[tuple[str, str], str] = {}
+    called: dict[tuple[str, str], Mapping[str, str]] = {}
     for s in settings:
-        if called.setdefault((s.family, Path(s.pretrained).name), s.pretrained) != s.pretrained:
-            raise UserError(
-                f"two checkpoints of {s.family} are called {Path(s.pretrained).name!r}. Allowed: names that differ"
-            )
+        if called.setdefault((s.family, s.checkpoint), s.checkpoints) != s.checkpoints:
+            raise UserError(f"two checkpoints of {s.family} are called {s.checkpoint!r}. Allowed: names that differ")
     if grid.baseline and not any(s.name == grid.baseline for s in settings):
         raise unknown_name("baseline", grid.baseline, [s.name for s in settings])
     return grid
@@ -131,25 +136,37 @@ def grid_of(data: dict) -> Grid:
 
 def settings_of(run: dict) -> Iterator[Setting]:
     """The settings of one run: every combination of its swept options and variants."""
+    named = run.get("family") or default_family()
+    family = family_named(named)
     for key in run:
-        if key not in _RUN_KEYS:
-            raise unknown_name("key of a run", str(key), _RUN_KEYS)
-    family = family_named(run.get("family", "SDAR"))
+        if key not in (*_RUN_KEYS, *family.networks):
+            raise unknown_name("key of a run", str(key), [*_RUN_KEYS, *family.networks])
     decoder = run.get("decoder") or next(iter(family.decoders))
     if decoder not in family.decoders:
         raise unknown_name("decoder", decoder, family.decoders)
+    checkpoints = checkpoints_of_run(family, run)
+    check_roles(family, decoder, checkpoints)
     options, preset = run.get("options") or {}, run.get("preset")
     swept = {k: v for k, v in options.items() if isinstance(v, list)}
     fixed = {k: v for k, v in options.items() if k not in swept}
     for (variant, more), *values in itertools.product((run.get("variants") or {"": {}}).items(), *swept.values()):
         flat = {**fixed, **dict(zip(swept, values, strict=True)), **more}
-        words = {**flat, "variant": variant, "decoder": decoder, "family": run.get("family", "SDAR")}
+        words = {**flat, "variant": variant, "decoder": decoder, "family": named}
         name = _filled(run.get("name") or _plain_name(decoder, preset, variant, swept), words)
         group = _filled(run.get("group") or decoder, words)
-        pretrained = run.get("pretrained") or family.shipped
-        setting = Setting(name, run.get("family", "SDAR"), decoder, pretrained, group, preset, flat)
+        setting = Setting(name, named, decoder, checkpoints, group, preset, flat)
         setting.resolved()  # unknown names and impossible values are told before anything is measured
         yield setting
+
+
+def checkpoints_of_run(family: Family, run: dict) -> dict[str, str]:
+    """The checkpoint of every role: what the run names, by default those that ship."""
+    given = {role: run[role] for role in family.networks if role in run}
+    if run.get("pretrained"):
+        return checkpoints_of(family, run["pretrained"], given)
+    if not family.shipped:
+        raise UserError(f"pretrained is missing. Allowed: a checkpoint; none ships with {family.name}")
+    return family.checkpoints(next(iter(family.shipped))) | given
 
 
 def _plain_name(decoder: str, preset: str | None, variant: str, swept: dict) -> str:
@@ -166,12 +183,16 @@ def _filled(pattern: str, words: dict) -> str:
 
 def run_of_flag(text: str) -> dict:
     """``family=SDAR,decoder=ssd_policy,block_length=8/16`` as a run of a grid; values between slashes are swept."""
-    run: dict = {"options": {}}
+    pairs = {}
     for part in filter(None, text.split(",")):
         key, found, value = part.partition("=")
         if not found:
             raise UserError(f"run has {part!r}. Allowed: KEY=VALUE, separated by commas")
-        if key in ("family", "decoder", "name", "group", "pretrained", "preset"):
+        pairs[key] = value
+    roles = family_named(pairs.get("family") or default_family()).networks
+    run: dict = {"options": {}}
+    for key, value in pairs.items():
+        if key in roles or key in ("family", "decoder", "name", "group", "pretrained", "preset"):
             run[key] = value
         else:
             values = [yaml.safe_load(v) for v in value.split("/")]

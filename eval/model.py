@@ -20,19 +20,22 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from eval.families import (
-    decoder_in_file,
-    family_named,
-    family_of_checkpoint,
-    family_of_class,
-    fingerprint,
-    split_target,
-)
-from eval.store import Store, trace_of
+from eval.families import decoder_in_file, family_of_class, fingerprints, split_target
+from eval.records import record_of
 from shared.errors import UserError, unknown_name
+from shared.family import Network, family_named, imported
 from shared.network.loading import load_tokenizer
-from shared.output import Completion, Output
+from shared.output import Output
 from shared.scripts.distributed import World
+from shared.scripts.models import (
+    check_roles,
+    checkpoints_of,
+    family_of_checkpoint,
+    load_models,
+    network_of,
+    other_models,
+)
+from shared.scripts.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,8 @@ _NOT_OPTIONS = ("until",)
 class DraftAndVerifyLM(TemplateLM):
     """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
 
-    ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how it was decoded; with ``resume``
+    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``); the checkpoint of another network goes by the
+    key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how it was decoded; with ``resume``
     those found there are not decoded again.
     """
 
@@ -62,6 +66,8 @@ class DraftAndVerifyLM(TemplateLM):
         if max_batch_size is not None or (batch_size is not None and not str(batch_size).isdigit()):
             raise UserError(f"batch_size is {batch_size!r}. Allowed: a number (texts join as others finish)")
         self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
+        roles = {role: options.pop(role) for role in self._family.networks if role in options}
+        self.checkpoints = checkpoints_of(self._family, pretrained, roles)
         self.use(
             self.decoder_name, preset, gen_kwargs, **options
         )  # what is wrong with it is told before anything is loaded
@@ -69,18 +75,20 @@ class DraftAndVerifyLM(TemplateLM):
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
         self.batch_size = int(batch_size or 1)
         device = world.device(device or "auto")
-        self.model = self._family.model_class.from_pretrained(pretrained, dtype=dtype, device=device)
-        self._device, self.tokenizer = self.model.device, load_tokenizer(pretrained)
+        self.models = load_models(self._family, self.checkpoints, dtype=dtype, device=device)
+        self.model, source = self.models[self._family.first], self.checkpoints[self._family.first]
+        self._device, self.tokenizer = self.model.device, load_tokenizer(source)
         self.pretrained = str(pretrained)
         self._traces = bool(traces)
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
-        self._store = Store(None, self._rank, resume=False)
+        self._store = Store(None, "predictions", "key")
         self.keep(predictions, bool(resume))
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
         """Decode with this decoder and these options from now on. Raises `UserError` for unknown names and impossible values."""
         if decoder not in self._family.decoders:
             raise unknown_name("decoder", decoder, self._family.decoders)
+        check_roles(self._family, decoder, self.checkpoints)
         self.decoder_name, self._decoder = decoder, self._family.decoders[decoder]
         self._flat = {**(self._decoder.preset(preset) if preset else {}), **options}
         self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
@@ -89,7 +97,7 @@ class DraftAndVerifyLM(TemplateLM):
     def keep(self, predictions: str | Path | None, resume: bool) -> None:
         """Finished texts go to this folder from now on; what was spent is counted anew."""
         self._store.close()
-        self._store = Store(predictions, self._rank, resume)
+        self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
         self.lossless: tuple[bool, str] | None = None
         self._used: dict[str, dict] = {}
@@ -125,7 +133,9 @@ class DraftAndVerifyLM(TemplateLM):
             if "unknown option" not in str(error):
                 raise
             key = next(k for k in (*self._flat, *self._gen_kwargs, *task) if repr(k) in str(error))
-            raise unknown_name("model_args key or gen kwarg", key, [*kind.names(), *LOADER_KEYS]) from None
+            raise unknown_name(
+                "model_args key or gen kwarg", key, [*kind.names(), *LOADER_KEYS, *self._family.networks]
+            ) from None
 
     def _user_options(self, flat: dict) -> dict:
         lengths = [flat.pop(k) for k in ("max_gen_toks", "max_new_tokens") if k in flat]
@@ -152,8 +162,8 @@ class DraftAndVerifyLM(TemplateLM):
             self._used[requests[members[0]].task_name or "task"] = {**flat, "stop": stop}
             mark = json.dumps(
                 [
-                    self.pretrained,
-                    fingerprint(self.pretrained),
+                    self.checkpoints,
+                    fingerprints(self.checkpoints),
                     self.family_name,
                     self.decoder_name,
                     str(self.model.dtype),
@@ -209,15 +219,10 @@ class DraftAndVerifyLM(TemplateLM):
         output = self._decoder.generate(
             self.model, prompts, options, tokenizer=self.tokenizer, batch_size=min(self.batch_size, len(prompts)),
             seed=self._seed, requests=numbers, stop=stop, **({"accept_rule": self.accept_rule} if self.accept_rule else {}),
-            on_finish=lambda completion: keep(by_number[completion.request], self._record(completion)),
+            on_finish=lambda completion: keep(by_number[completion.request], record_of(completion, self._traces)),
+            **other_models(self._family, self.decoder_name, self.models),
         )  # fmt: skip
         self.lossless = (output.lossless.value, output.lossless.reason)
-
-    def _record(self, completion: Completion) -> dict:
-        """A finished text as the store keeps it."""
-        record = {"text": completion.text, "tokens": len(completion.tokens), "forwards": dict(completion.trace.forwards),
-                  "seconds": completion.seconds}  # fmt: skip
-        return {**record, **trace_of(completion)} if self._traces else record
 
     def _decode_by_user(self, keys, prompts, options: dict, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
@@ -253,6 +258,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         mask_id, _ = self.model.special_ids(tokenizer=self.tokenizer)
+        scores_of = self._scores()
         order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
         found: dict[int, tuple[float, bool]] = {}
         for at in range(0, len(order), self.batch_size):
@@ -266,11 +272,19 @@ class DraftAndVerifyLM(TemplateLM):
                         f"a continuation has {len(continuation)} tokens. Allowed: less than {self.max_length}"
                     )
                 texts.append((context[-room:], continuation))
-            for k, (scores, greedy) in zip(part, self._family.scores(self.model, texts, mask_id), strict=True):
+            for k, (scores, greedy) in zip(part, scores_of(self.model, texts, mask_id), strict=True):
                 found[k] = (scores.sum().item(), bool(greedy.all()))
                 if requests[k][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[k][0], found[k])
         return [found[k] for k in range(len(requests))]
+
+    def _scores(self) -> Callable:
+        """The function of `shared.network.scoring` that fits the network."""
+        first: Network = self._family.networks[self._family.first]
+        scoring = network_of(first, self.checkpoints[self._family.first]).scoring
+        if scoring is None:
+            raise UserError(f"family {self.family_name!r} gives no log-likelihoods. Allowed: tasks that generate text")
+        return imported(scoring)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         results = []
@@ -331,7 +345,7 @@ class DraftAndVerifyLM(TemplateLM):
         seconds = [r["seconds"] for r in self.spent if r["seconds"] is not None]
         return {
             "decoding": {
-                "family": self.family_name, "decoder": self.decoder_name, "dtype": str(self.model.dtype)[6:], "seed": self._seed,
+                "family": self.family_name, "checkpoints": self.checkpoints, "decoder": self.decoder_name, "dtype": str(self.model.dtype)[6:], "seed": self._seed,
                 "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
                 "lossless": self.lossless, "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent),
                 "forwards": dict(forwards), "seconds_in_flight": round(sum(seconds), 3),

@@ -43,10 +43,9 @@ def render(results: dict, cells: list[dict], pictures: dict[str, Path]) -> str:
 
 def replays_of(cell: dict) -> list[dict]:
     """The decodes of a cell that the page can play."""
-    setting = Setting(cell["setting"], cell["family"], cell["decoder"], "", "", cell["preset"], cell["options"])
-    about = {k: cell[k] for k in ("family", "setting", "task")} | {
-        "threshold": setting.resolved()["confidence_threshold"]
-    }
+    setting = Setting(cell["setting"], cell["family"], cell["decoder"], {}, "", cell["preset"], cell["options"])
+    threshold = setting.resolved().get("confidence_threshold")
+    about = {k: cell[k] for k in ("family", "setting", "task")} | {"threshold": threshold}
     solved = dict(zip(map(str, cell["docs"]), cell["values"], strict=True))
     return [{**about, "doc": int(d), "solved": solved[d] > 0.5, **replay} for d, replay in cell["replay"].items()]
 

@@ -1,7 +1,7 @@
 """How far the forwards of a model in bfloat16 are from its plain forward in float32, in log-probabilities.
 
 python -m eval.precision --shape sdar-8b       # random weights of a named shape, on a GPU
-python -m eval.precision                       # the shipped checkpoint, on what is here
+python -m eval.precision                       # the default family's shipped checkpoint, on what is here
 
 One prompt is encoded, then a block is drafted and verified on top of it: by the plain network in float32 (the weights are those of bfloat16, so only arithmetic
 differs), by the plain network in bfloat16, and by the fast forward in bfloat16 where it can run. The yardstick of the fast forward is the plain network at its own
@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import sdar
 from eval.benchmark import prompts_of, vocabulary
-from eval.subjects import SHAPES, random_model
-from sdar import SDARForCausalLM
+from eval.shapes import family_of, random_models, shapes
 from shared.errors import run_main
+from shared.family import FAMILIES
 from shared.gpu.engine import Engine
 from shared.network import masks
 from shared.network.loading import resolve_device
 from shared.options import Runtime
+from shared.scripts.models import checkpoints_of, load_models
 
 TOLERANCE = 1.25  # the fast forward's mean difference over that of the plain network in bfloat16
 
@@ -70,17 +69,20 @@ def differences(model, context: int, length: int) -> dict[str, dict[str, float]]
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(sdar.__file__).parent / "tiny"))
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead")
+    parser.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
+    parser.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
+    parser.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--block_length", type=int, default=16)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    device = resolve_device(args.device)
+    device, family = resolve_device(args.device), family_of(args.family, args.shape, args.model)
+    source = args.model or f"{family.name}/{next(iter(family.shipped))}"
     if args.shape:
-        model = random_model(args.shape, device, torch.bfloat16)
+        models = random_models(family, args.shape, device, torch.bfloat16)
     else:
-        model = SDARForCausalLM.from_pretrained(args.model, dtype="bfloat16", device=device)
+        models = load_models(family, checkpoints_of(family, source), dtype="bfloat16", device=device)
+    model = models[family.first]
     rows = differences(model, args.context, args.block_length)
     for name, row in rows.items():
         print(
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if "fast" in rows:
         print(f"fast over plain: {rows['fast']['mean'] / rows['plain']['mean']:.3f} (tolerance {TOLERANCE})")
-    print(json.dumps({"model": args.shape or args.model, "context": args.context, "differences": rows}))
+    print(json.dumps({"model": args.shape or source, "context": args.context, "differences": rows}))
 
 
 if __name__ == "__main__":

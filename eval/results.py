@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eval.stats import mcnemar, wilson
-from shared.errors import UserError, unknown_name
 from shared.trace import KINDS
 
 LEVEL = 0.05  # below this chance a difference of accuracy is not called noise
@@ -107,32 +105,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             writer.writerow([*values, *kinds, json.dumps(r["options"])])
 
 
-# Tables of READMEs.
-
-_MARKED = re.compile(
-    r"(<!-- compare (\w+): (\S+)(?: (?!-->)([\w,]+))?(?: (?!-->)([^\n]*?))? -->\n).*?(<!-- /compare -->)", re.DOTALL
-)
-
-
-def refreshed(text: str, root: Path) -> str:
-    """``text`` with every table made anew between ``<!-- compare KIND: FILE [TASK] [PATTERN] -->`` and ``<!-- /compare -->``.
-
-    ``FILE`` under ``root`` is the results.json of a comparison, ``PATTERN`` a regular expression for settings, ``KIND`` one of `TABLES`.
-    """
-
-    def table(match: re.Match) -> str:
-        _, kind, file, task, pattern, _ = match.groups()
-        if kind not in TABLES:
-            raise unknown_name("table", kind, TABLES)
-        if not (root / file).is_file():
-            raise UserError(f"a README asks for {file}, which is not there. Allowed: a results.json of eval.compare")
-        results = json.loads((root / file).read_text(encoding="utf-8"))
-        rows = [
-            r for r in results["rows"] if task in (None, "all", r["task"]) and re.search(pattern or "", r["setting"])
-        ]
-        return match[1] + "\n".join(TABLES[kind](rows, results)) + "\n" + match[6]
-
-    return _MARKED.sub(table, text)
+# Tables of READMEs; `eval.docs` puts them there.
 
 
 def _table(head: list[str], lines: list[list[str]]) -> Iterator[str]:

@@ -14,6 +14,19 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+# Memory bandwidth of the datasheets, in TB/s, by the name that CUDA gives the device.
+DATASHEET = {
+    "NVIDIA H100 80GB HBM3": 3.35,  # SXM
+    "NVIDIA H100 PCIe": 2.0,
+    "NVIDIA H200": 4.8,
+    "NVIDIA A100-SXM4-80GB": 2.039,
+    "NVIDIA A100-SXM4-40GB": 1.555,
+    "NVIDIA A100-PCIE-40GB": 1.555,
+    "NVIDIA L40S": 0.864,
+    "NVIDIA GeForce RTX 4090": 1.008,
+    "NVIDIA B200": 8.0,
+}
+
 
 def timed(call: Callable[[], object], device: torch.device, *, repeat: int = 20, warmup: int = 3) -> float:
     """Median seconds of ``call``: device events on a GPU, wall clock on a CPU."""
@@ -42,6 +55,10 @@ class Machine:
     name: str
     read: float
     rate: float
+
+    def of_datasheet(self, bytes_per_second: float) -> float | None:
+        """That share of the bandwidth in the device's datasheet; None where it is not known, as of a CPU."""
+        return bytes_per_second / (1e12 * DATASHEET[self.name]) if self.name in DATASHEET else None
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype) -> Machine:

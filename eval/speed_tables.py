@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
-from shared.errors import UserError
-
-_MARKED = re.compile(r"(<!-- benchmark: (\S+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
-
 
 def speed_tables(result: dict) -> str:
     """The machine, its forwards against their floors, and the decodes, as Markdown."""
@@ -19,13 +11,16 @@ def speed_tables(result: dict) -> str:
         f"{machine['operations_per_second'] / 1e12:.0f} TFLOP/s. Context {result['context']}, block length {result['block_length']}; "
         f"{result['capture_seconds']:.0f} s to capture graphs.",
         "",
-        "| forward | ms | floor ms | over the floor |",
-        "|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['forward']} | {r['ms']:.2f} | {r['floor_ms']:.2f} | {r['over_floor']:.2f} x |"
-        for r in result["forwards"]
-    ]
+    # Records made before there was a table of datasheets have no such share.
+    known = any(r.get("of_datasheet") is not None for r in result["forwards"])
+    head = ["forward", "ms", "floor ms", "over the floor"] + ["% of the datasheet bandwidth"] * known
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for r in result["forwards"]:
+        cells = [r["forward"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}", f"{r['over_floor']:.2f} x"]
+        if known:
+            cells.append("" if r["of_datasheet"] is None else f"{100 * r['of_datasheet']:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     if result["decodes"]:
         head = ["decode", "tokens/s", "forwards/token", "ms a forward in the loop", "ms a step outside forwards"]
         head.append("memory over weights and cache")
@@ -42,17 +37,3 @@ def speed_tables(result: dict) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def refreshed(text: str, root: Path) -> str:
-    """``text`` with what stands between ``<!-- benchmark: FILE -->`` and ``<!-- /benchmark -->`` made anew from the JSON ``root / FILE``."""
-
-    def table(match: re.Match) -> str:
-        path = root / match[2]
-        if not path.is_file():
-            raise UserError(
-                f"a README asks for {match[2]}, which is not there. Allowed: what eval.benchmark --json wrote"
-            )
-        return match[1] + speed_tables(json.loads(path.read_text(encoding="utf-8"))) + match[3]
-
-    return _MARKED.sub(table, text)

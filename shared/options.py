@@ -89,7 +89,15 @@ def _check_range(f: dataclasses.Field, value: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class Group:
+    """Base of a group of options: every field is checked when one is made."""
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling(Group):
     temperature: float = option(0.0, "softmax temperature of drafts; 0 is greedy", low=0.0)
     top_k: int = option(
         0, "keep the k most likely tokens (ties kept); 0 keeps all. Without a temperature nothing is filtered", low=0
@@ -119,36 +127,56 @@ class Sampling:
         return self.temperature if self.verify_temperature is None else self.verify_temperature
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
+# Parts of groups, for a family to make its own group of. Their slots are those of the group: a class can have several such bases. The flags of a group
+# follow its bases from right to left; a field that is declared again keeps its place.
+
+
+@dataclass(frozen=True)
+class BlockLength:
+    __slots__ = ()
     block_length: int | None = option(None, "tokens decoded together; default: the checkpoint's block_size", low=1)
-    denoising_steps: int | None = option(
-        None, "steps that share out a block's tokens; default: block_length", low=1, high=65536
-    )
+
+
+@dataclass(frozen=True)
+class Ending:
+    __slots__ = ()
     max_new_tokens: int = option(512, "generate at most this many tokens", low=1)
-    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer", low=0)
+    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer, then the released one", low=0)
     stopping_criteria_idx: tuple[int, ...] | None = option(
         None, "token ids that end the text; default: generation config, then config, then tokenizer"
     )
-    trim_stop_tokens: bool = option(True, "cut the output before the first stop token")
-    round_to_blocks: bool = option(False, "return whole blocks, past max_new_tokens (as published)")
+    trim_stop_tokens: bool = option(True, "cut the output before the first stop token, not after it")
 
-    def __post_init__(self):
-        check(self)
+
+@dataclass(frozen=True)
+class Steps:
+    __slots__ = ()
+    denoising_steps: int | None = option(
+        None, "steps that share out a block's tokens; default: block_length", low=1, high=65536
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Unmask:
+class Blocks(Ending, Steps, BlockLength, Group):
+    mask_id: int | None = option(None, "mask token id; default: config, then tokenizer", low=0)
+    trim_stop_tokens: bool = option(True, "cut the output before the first stop token")
+    round_to_blocks: bool = option(False, "return whole blocks, past max_new_tokens (as published)")
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold(Group):
+    confidence_threshold: float = option(0.9, "every draft above this confidence is taken", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Unmask(Group):
     remasking_strategy: Strategy = option("low_confidence_dynamic", "which masked positions a step fills")
     confidence_threshold: float = option(0.85, "a draft above this confidence may be kept", low=0.0, high=1.0)
     eb_threshold: float = option(0.35, "entropy a step may spend (entropy_bounded strategies), in nats", above=0.0)
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Routing:
+class Routing(Group):
     do_verify_policy: Policy = option("mask_span_length", "when a drafted span is verified")
     min_ssd_span_length: int = option(1, "shortest span worth verifying (mask_span_length)", low=1)
     legacy_ssd_span_strategy: bool = option(
@@ -172,19 +200,16 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class Bandit:
+class Bandit(Group):
     ucb_beta: float = option(1.0, "width of the confidence bound (contextual_bandit_ucb)", low=0.0)
     ucb_span_length_bins: int = option(2, "context bins for the span's length", low=1)
     ucb_block_progress_bins: int = option(2, "context bins for the block's progress", low=1)
     ucb_entropy_bins: int = option(2, "context bins for the draft's entropy", low=1)
     ucb_entropy_source: Literal["span", "masked"] = option("span", "positions whose entropy the context averages")
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Estimation:
+class Estimation(Group):
     token_acceptance_estimator: Estimator = option("hard_margin_threshold", "how likely a drafted token is accepted")
     ssd_confidence_margin_threshold: float = option(0.05, "t of hard_margin_threshold")
     ssd_entropy_threshold: float = option(0.1, "t of hard_entropy_threshold, in units of ln V")
@@ -192,12 +217,9 @@ class Estimation:
     ssd_confidence_margin_coef: float = option(1.0, "slope of soft_clipped_linear_margin")
     ssd_entropy_temperature: float = option(1.0, "T of soft_entropy_negexp")
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Acceptance:
+class Acceptance(Group):
     acceptance: Literal["published", "exact"] = option(
         "published", "exact preserves the verifier's law (and greedy text); published is the paper's rule"
     )
@@ -218,36 +240,39 @@ class Acceptance:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class Cache(Group):
     cache_ver: bool = option(False, "commit blocks token-causally, so that cached keys are the verifier's own")
     draft_ver: bool = option(False, "known tokens of the block attend causally while drafting")
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass(frozen=True, slots=True)
-class Savings:
+class LastCommit(Group):
     """Switches that change how many forwards a text costs, never the text."""
 
     skip_last_commit: bool = option(True, "the last block of a text is not committed: nothing will read it")
-    fuse_commit: bool = option(True, "a finished block is committed in the forward of the next block's first draft")
-    reuse_verify: bool = option(True, "with cache_ver, a verify that saw the final tokens of a block is its commit")
-    short_verify: bool = option(True, "verify the block up to the span's end, with mask queries for the span only")
-
-    def __post_init__(self):
-        check(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
+class CommitSavings(LastCommit):
+    """The same where a commit can share a forward with a draft."""
+
+    fuse_commit: bool = option(True, "a finished block is committed in the forward of the next block's first draft")
+
+
+@dataclass(frozen=True, slots=True)
+class Savings(CommitSavings):
+    """The same where spans are verified."""
+
+    reuse_verify: bool = option(True, "with cache_ver, a verify that saw the final tokens of a block is its commit")
+    short_verify: bool = option(True, "verify the block up to the span's end, with mask queries for the span only")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime(Group):
     """How forwards are run; the text is the same up to rounding."""
 
     fast: bool | None = option(None, "the family's GPU kernels; default: where they can run")
     graphs: bool | None = option(None, "CUDA graphs of the fast forward; default: where they can run")
-
-    def __post_init__(self):
-        check(self)
 
 
 # Other spellings of a field, accepted wherever flat keywords are. An earlier name in a row wins over a later one.

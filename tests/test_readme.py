@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from eval import compare, results, speed_tables
+from eval import compare, docs
 from eval.model import DraftAndVerifyLM
 from fast_dllm_v2 import example_v2
 from llada2 import example_llada
 from sdar import generate, generate_ssd_policy
 from shared.scripts.cli import choose_script, parse
-from shared.scripts.docs import refreshed
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("benchmarks/*/README.md"))]
@@ -80,7 +79,7 @@ def test_command(folder, command, tmp_path):
         parse(script.options, script.presets, rest, script.description, script.shipped)
     if words[:3] == ["python", "-m", "eval.compare"]:
         args = compare.parser().parse_args(words[3:])
-        assert args.readme is not None or compare.grid_from(args).settings
+        assert compare.grid_from(args).settings
     if any(mark in command for mark in NOT_RUN):
         return
     assert words[0] == "python", f"a command no test knows how to run: {command}"
@@ -124,12 +123,7 @@ def test_there_are_evaluations():
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))
 def test_tables_are_fresh(readme):
-    name = readme.relative_to(ROOT)
-    assert refreshed(readme.read_text()) == readme.read_text(), f"run: python -m shared.scripts.docs {name}"
-    assert results.refreshed(readme.read_text(), ROOT) == readme.read_text(), "run: python -m eval.compare --readme"
-    assert speed_tables.refreshed(readme.read_text(), ROOT) == readme.read_text(), (
-        f"run: python -m eval.benchmark --readme {name}"
-    )
+    assert docs.refreshed(readme.read_text()) == readme.read_text(), "run: python -m eval.docs"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda r: str(r.relative_to(ROOT)))

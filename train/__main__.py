@@ -17,10 +17,10 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from shared.errors import UserError
-from shared.network.loading import CheckpointModel, checkpoint_folder, load_tokenizer, resolve_device
+from shared.family import FAMILIES, Family, family_named
+from shared.network.loading import load_tokenizer, resolve_device
+from shared.scripts.models import checkpoints_of, family_of_checkpoint, load_models
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,46 +34,54 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    trained = {name: family for name, family in FAMILIES.items() if family.trains}
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{SDAR,LLaDA2,Fast-dLLM-v2,tokenizer,probe}"
+        dest="command", required=True, metavar=f"{{{','.join([*trained, 'tokenizer', 'probe'])}}}"
     )
-    for name, objective in (
-        ("SDAR", "block diffusion"),
-        ("LLaDA2", "block diffusion with token editing"),
-        ("Fast-dLLM-v2", "shifted block diffusion"),
-    ):
-        family = commands.add_parser(name, help=f"train a checkpoint by {objective}", allow_abbrev=False)
-        family.add_argument("--out", type=Path, required=True, help="folder to write")
-        family.add_argument("--seconds", type=float, help="stop after this much training")
-        family.add_argument("--steps", type=int, help="stop after this many steps")
-        family.add_argument("--size", default="tiny", help="smoke, small, tiny (the shipped one) or medium")
-        family.add_argument("--batch_tokens", type=int, default=24_576, help="padded tokens a step")
-        family.add_argument(
-            "--workers", type=int, default=0, help="processes that generate problems (0: none beside this)"
-        )
-        family.add_argument("--compile", action="store_true", help="torch.compile the layers")
-        family.add_argument("--seed", type=int, default=0)
-        family.add_argument("--device", default="auto")
+    for name, family in trained.items():
+        add_family(commands, name, family)
     tokenizer = commands.add_parser("tokenizer", help="build the shared tokenizer", allow_abbrev=False)
     tokenizer.add_argument("--out", type=Path, required=True, help="folder to write")
     probe = commands.add_parser("probe", help="scores of a checkpoint on held-out problems", allow_abbrev=False)
-    probe.add_argument("--model", required=True, help="checkpoint folder")
-    probe.add_argument("--count", type=int, default=256, help="problems per task")
+    probe.add_argument("--model", required=True, help="checkpoint of the family's first network, or one that ships")
+    probe.add_argument("--family", help="default: that of the checkpoint")
     probe.add_argument(
-        "--run_code", action="store_true", help="judge functions too: runs model-written code, unconfined"
+        "--checkpoint", action="append", default=[], metavar="ROLE=PATH", help="of another network; repeatable"
     )
+    probe.add_argument("--count", type=int, default=256, help="problems per task")
+    probe.add_argument("--run_code", action="store_true", help="judge functions too: runs model-written code, confined")
     probe.add_argument("--seed", type=int, default=0)
     probe.add_argument("--device", default="auto")
     return parser.parse_args(arguments)
 
 
+def add_family(commands, name: str, family: Family) -> None:
+    """The command that trains a family's networks."""
+    roles = list(family.trains)
+    about = " and ".join(dict.fromkeys(t.about for t in family.trains.values()))
+    command = commands.add_parser(name, help=f"train a checkpoint by {about}", allow_abbrev=False)
+    command.add_argument("--role", choices=roles, default=roles[0], help=f"which network (default: {roles[0]})")
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--seconds", type=float, help="stop after this much training")
+    command.add_argument("--steps", type=int, help="stop after this many steps")
+    command.add_argument("--size", default="tiny", help="smoke, small, tiny (the shipped one) or medium")
+    command.add_argument("--batch_tokens", type=int, default=24_576, help="padded tokens a step")
+    command.add_argument(
+        "--workers", type=int, default=0, help="processes that generate problems (0: none beside this)"
+    )
+    command.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="auto")
+
+
 def run_family(args: argparse.Namespace) -> dict:
-    from train.recipes import FAMILIES, Recipe
+    from train.recipes import Recipe, train
 
     fields = ("seconds", "steps", "size", "batch_tokens", "seed", "workers", "compile")
     recipe = Recipe(**{name: getattr(args, name) for name in fields})
-    outcome = FAMILIES[args.command](recipe, args.out, resolve_device(args.device))
-    return {"family": args.command, "out": str(args.out), "size": args.size, "seed": args.seed, **outcome.as_dict()}
+    outcome = train(FAMILIES[args.command], args.role, recipe, args.out, resolve_device(args.device))
+    about = {"family": args.command, "role": args.role, "out": str(args.out), "size": args.size, "seed": args.seed}
+    return {**about, **outcome.as_dict()}
 
 
 def run_tokenizer(args: argparse.Namespace) -> dict:
@@ -84,30 +92,17 @@ def run_tokenizer(args: argparse.Namespace) -> dict:
     return {"out": str(args.out), "vocab_size": len(tokenizer)}
 
 
-def load_model(path: str, device: torch.device) -> CheckpointModel:
-    """The checkpoint in float32, in the class of its own family."""
-    from llada2 import LLaDA2MoeModelLM
-    from sdar import SDARForCausalLM
-
-    found = json.loads((checkpoint_folder(path) / "config.json").read_text()).get("model_type")
-    kinds = {kind.config_class.model_type: kind for kind in (SDARForCausalLM, LLaDA2MoeModelLM)}
-    if found not in kinds:
-        raise UserError(
-            f"model {path!r} is of type {found!r}, which the probe cannot decode. Allowed: {', '.join(kinds)}; "
-            "python -m eval.compare decodes every family"
-        )
-    return kinds[found].from_pretrained(path, dtype="float32", device=device)
-
-
 def run_probe(args: argparse.Namespace) -> dict:
-    from train.probe import DECODERS, EDITING_DECODERS, probe, table
+    from train.probe import probe, table
 
-    model = load_model(args.model, resolve_device(args.device))
-    decoders = DECODERS + (EDITING_DECODERS if model.config.model_type == "llada2_moe" else ())
-    tokenizer = load_tokenizer(args.model)
-    rows = probe(model, tokenizer, count=args.count, seed=args.seed, run_code=args.run_code, decoders=decoders)
+    family = family_named(args.family or family_of_checkpoint(args.model))
+    given = dict(pair.partition("=")[::2] for pair in args.checkpoint)
+    checkpoints = checkpoints_of(family, args.model, given)
+    models = load_models(family, checkpoints, dtype="float32", device=resolve_device(args.device))
+    tokenizer = load_tokenizer(checkpoints[family.first])
+    rows = probe(family, models, tokenizer, count=args.count, seed=args.seed, run_code=args.run_code)
     print(table(rows))
-    return {"model": args.model, "count": args.count, "seed": args.seed, "rows": rows}
+    return {"model": args.model, "family": family.name, "count": args.count, "seed": args.seed, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> int:

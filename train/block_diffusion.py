@@ -50,6 +50,11 @@ def add_noise(batch: Batch, block_length: int, mask_id: int, generator: torch.Ge
     return batch.tokens.masked_fill(masked, mask_id), masked
 
 
+def objective(model: nn.Module, mask_id: int, seed: int) -> BlockDiffusion:
+    """For `shared.family.Training`."""
+    return BlockDiffusion(mask_id, seed, model.device)
+
+
 class BlockDiffusion:
     """The loss of one batch: a block length and the visibility of the clean copy are drawn, the rest follows."""
 

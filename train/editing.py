@@ -9,11 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from train.balance import LoadBalance
 from train.block_diffusion import BlockDiffusion, add_noise
 from train.data import Batch
+from train.loop import Objective
 
 MOST_RANDOM = 0.15  # of a row's unmasked tokens: each row draws its share from U(0, MOST_RANDOM)
 OWN_DRAFTS = 0.5  # of the batches
+
+
+def objective(model: nn.Module, mask_id: int, seed: int) -> Objective:
+    """For `shared.family.Training`; the load of the network's experts is kept even."""
+    diffusion, balance = EditedBlockDiffusion(mask_id, seed, model.device), LoadBalance(model)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        balance.step()
+        return diffusion(model, batch)
+
+    return loss
 
 
 class EditedBlockDiffusion(BlockDiffusion):

@@ -49,6 +49,11 @@ def mean_loss(logits: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
     return total / (target != IGNORED).sum().clamp(min=1)
 
 
+def objective(model: nn.Module, mask_id: int, seed: int) -> ShiftedDiffusion:
+    """For `shared.family.Training`."""
+    return ShiftedDiffusion(mask_id, seed, model.device)
+
+
 class ShiftedDiffusion:
     """The loss of one batch: a block length and the visibility of the clean half are drawn, the rest follows."""
 

@@ -1,4 +1,4 @@
-"""Data and judges of the offline tasks, as lm-eval's task files name them."""
+"""Problems of the offline tasks and their judge, as lm-eval's task files name them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from eval import sandbox
-from shared.scripts import judging
+from shared.scripts import judging, sandbox
 
 
 def load(file: str, **kwargs) -> dict[str, Dataset]:
@@ -25,9 +24,4 @@ def _passes(program: str) -> bool:
 
 def judge(doc: dict, results: list[str]) -> dict[str, float]:
     """``acc`` by the rules of the problem's generator; functions are run in the sandbox."""
-    check, text = json.loads(doc["check"]), results[0]
-    if "answer" in check:
-        return {"acc": float(judging.gives_answer(check, text))}
-    if "rules" in check:
-        return {"acc": float(judging.meets_rules(check, text))}
-    return {"acc": float(_passes(judging.test_program(check, text)))}
+    return {"acc": float(judging.meets_check(json.loads(doc["check"]), results[0], _passes))}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from shared.errors import UserError
+from shared.family import shipped_folder, shipped_names
 from shared.network.configuration import DecoderConfig
 from shared.network.kv_cache import BlockCache
 
@@ -26,15 +27,21 @@ PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """A local checkpoint folder; a hub id (``organisation/name``) is downloaded into the Hugging Face cache first."""
+    """A local checkpoint folder, else the folder of a shipped checkpoint (``SDAR/tiny``); a hub id (``organisation/name``) is downloaded into the
+    Hugging Face cache first."""
     folder = Path(path_or_id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model {str(path_or_id)!r}: the folder has no config.json")
         return folder
     name = str(path_or_id)
+    if (shipped := shipped_folder(name)) is not None:
+        return checkpoint_folder(shipped)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model {name!r}: no such folder. Give a checkpoint folder or a hub id like JetLM/SDAR-8B-Chat")
+        ships = ", ".join(shipped_names())
+        raise UserError(
+            f"model {name!r}: no such folder. Give a checkpoint folder, one that ships here ({ships}) or a hub id like JetLM/SDAR-8B-Chat"
+        )
     from huggingface_hub import snapshot_download
 
     try:

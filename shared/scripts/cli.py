@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +23,17 @@ from shared.options import ALIASES, FlatOptions, check, coerce, option
 from shared.output import Completion, Output
 from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World
+from shared.scripts.judging import is_solved
 from shared.scripts.prompts import encode_prompt, read_prompt_file
+from shared.scripts.store import Store
 from shared.trace import format_trace
 
 
 @dataclass(frozen=True, slots=True)
 class ScriptArguments:
-    model: str | None = option(None, "checkpoint folder or hub id; default: the tiny checkpoint shipped in this folder")
+    model: str | None = option(
+        None, "checkpoint: a folder, one that ships (tiny, SDAR/tiny) or a hub id; default: tiny, which ships here"
+    )
     prompt: str | None = option(None, "the prompt; default: problems that come with the checkpoint")
     prompt_file: str | None = option(
         None, "prompts from a file: JSONL ('prompt' or 'messages' a line), else one a line"
@@ -199,89 +202,19 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
     return records, [p[: script.prompt_length] for p in prompts]
 
 
-class Results:
-    """``outputs.jsonl`` in a folder: one line a finished text, flushed at once; a later run skips what is there.
-
-    Nothing is written before the first text is finished. With several processes each has a file of its own, ``outputs.rank1.jsonl`` and so on.
-    """
-
-    def __init__(self, folder: str | None, run: dict, rank: int = 0):
-        self.file, self.done, self.run, self.rank = None, set(), run, rank
-        self.root = None if folder is None else Path(folder)
-        if self.root is None:
-            return
-        if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"output_dir {folder!r} is a file. Allowed: a folder")
-        self._check_settings()
-        there = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
-        if not os.access(there, os.W_OK):
-            raise UserError(f"output_dir {folder!r} cannot be written ({there}). Allowed: a folder of yours")
-        self.path = self.root / (f"outputs.rank{rank}.jsonl" if rank else "outputs.jsonl")
-        for path in self.root.glob("outputs*.jsonl"):
-            self.done |= self._indices(path)
-
-    def _check_settings(self) -> None:
-        """Raise `UserError` if the folder holds results of another run."""
-        settings = self.root / "run.json"
-        try:
-            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
-        except ValueError as error:
-            raise UserError(
-                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
-            ) from error
-        if not same:
-            raise UserError(
-                f"output_dir {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
-            )
-
-    @classmethod
-    def _indices(cls, path: Path) -> set[int]:
-        """The prompts whose texts a file holds."""
-        try:
-            return {json.loads(line)["index"] for line in cls._whole_lines(path).split(b"\n") if line}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: not every line is a JSON object with an index ({error})") from error
-
-    @staticmethod
-    def _whole_lines(path: Path) -> bytes:
-        """The file less half a last line, which a killed run may leave."""
-        kept = path.read_bytes()
-        return kept[: kept.rfind(b"\n") + 1]
-
-    def _open(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
-        unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.root / "run.json")
-        if self.path.is_file():
-            self.path.write_bytes(self._whole_lines(self.path))
-        self.file = self.path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> Results:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-    def add(self, index: int, record: dict, completion: Completion) -> None:
-        """Append a finished text."""
-        if self.root is None:
-            return
-        if self.file is None:
-            self._open()
-        line = {"index": index, **record}
-        line |= {
-            "index": index,  # also where the record brings one of its own
-            "text": completion.text,
-            "token_ids": completion.tokens,
-            "forwards": completion.trace.forwards,
-            "decided": completion.trace.counts(),
-            "seconds": round(completion.seconds, 4),
-        }
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
+def result_of(index: int, record: dict, completion: Completion) -> dict:
+    """A finished text as `--output_dir` keeps it: what its prompt's record held, the text and what it cost."""
+    own = {"index": index}
+    return {
+        **own,
+        **record,
+        **own,  # also where the record brings one of its own
+        "text": completion.text,
+        "token_ids": completion.tokens,
+        "forwards": completion.trace.forwards,
+        "decided": completion.trace.counts(),
+        "seconds": round(completion.seconds, 4),
+    }
 
 
 class Streamer:
@@ -304,15 +237,6 @@ class Streamer:
             print(f"[{request}] {piece}", flush=True)
         else:
             print(piece, end="", flush=True)
-
-
-def is_solved(record: dict, text: str) -> bool | None:
-    """Whether the text ends in the record's ``answer`` (what stands after ``####`` in either) or equals its ``expected`` text; None when the record
-    has neither."""
-    if "answer" in record:
-        said, wanted = (str(words).split("####")[-1].strip() for words in (text, record["answer"]))
-        return said == wanted
-    return text.strip() == str(record["expected"]).strip() if "expected" in record else None
 
 
 def print_texts(script: ScriptArguments, output: Output, tokenizer) -> None:
@@ -392,7 +316,7 @@ class Script:
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
         world = World.from_environment(script.tensor_parallel)
-        source = script.model or str(self.folder / "tiny")
+        source = self.source(script.model)
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
             script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
@@ -424,6 +348,13 @@ class Script:
         print(format_comparison(rows, solved))
         print(f"\nlossless: {output.lossless}")
 
+    def source(self, model: str | None) -> str:
+        """The checkpoint to load: ``model``, or the shipped one. A name of a checkpoint in the script's folder works from any folder."""
+        if model is None:
+            return str(self.folder / "tiny")
+        beside = self.folder / model
+        return str(beside) if not Path(model).exists() and (beside / "config.json").is_file() else model
+
     def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
         """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
         run = {
@@ -434,14 +365,14 @@ class Script:
             "options": options.to_flat(),
             "prompts": prompts,
         }
-        results = Results(script.output_dir, run, world.rank)
-        todo = [k for k in world.share(range(len(prompts))) if k not in results.done]
-        if results.done and script.trace is not None:
+        results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run)
+        todo = [k for k in world.share(range(len(prompts))) if k not in results.found]
+        if results.found and script.trace is not None:
             raise UserError(
                 f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
             )
-        if results.done and world.rank == 0:
-            print(f"{len(results.done)} of {len(prompts)} texts are in {script.output_dir} already")
+        if results.found and world.rank == 0:
+            print(f"{len(results.found)} of {len(prompts)} texts are in {script.output_dir} already")
         if not todo:
             return None
         _, stop_ids = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
@@ -453,7 +384,7 @@ class Script:
         def finished(completion: Completion) -> None:
             if not world.leads:
                 return
-            results.add(completion.request, records[completion.request], completion)
+            results.append(result_of(completion.request, records[completion.request], completion))
             bar.update()
             if script.stream and script.batch_size == 1:
                 print(

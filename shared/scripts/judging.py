@@ -1,15 +1,43 @@
-"""Judges of the generated tasks: what a problem's ``check`` says of an answer. `train` makes the problems, `eval` asks them."""
+"""Judges of answers: by the ``check`` of a generated problem, or by the answer that a record of a prompt file brings."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _FENCE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
-def gives_answer(check: dict, text: str) -> bool:
+def is_solved(record: Mapping, text: str, run: Callable[[str], bool] | None = None) -> bool | None:
+    """Does ``text`` solve what ``record`` asks? None where the record does not say, or where a program has to be run and ``run`` is missing.
+
+    A generated problem has a ``check``: an answer, rules, or tests, for which ``run(program)`` says whether a program exits with 0. Any other record may
+    have an ``answer`` (the text ends in it: what stands after ``####`` in either) or an ``expected`` text.
+    """
+    if "check" in record:
+        return meets_check(record["check"], text, run)
+    if "answer" in record:
+        said, wanted = (str(words).split("####")[-1].strip() for words in (text, record["answer"]))
+        return said == wanted
+    return text.strip() == str(record["expected"]).strip() if "expected" in record else None
+
+
+def meets_check(check: Mapping, text: str, run: Callable[[str], bool] | None = None) -> bool | None:
+    """The same for the ``check`` of a generated problem."""
+    if "answer" in check:
+        return gives_answer(check, text)
+    if "rules" in check:
+        return meets_rules(check, text)
+    return None if run is None else run(test_program(check, text))
+
+
+def needs_run(check: Mapping) -> bool:
+    """Does judging mean running a program?"""
+    return "tests" in check
+
+
+def gives_answer(check: Mapping, text: str) -> bool:
     """Whether the last ``#### n`` of ``text`` is the answer."""
     answers = re.findall(r"#### *(-?\d+)", text)
     return bool(answers) and int(answers[-1]) == check["answer"]
@@ -21,7 +49,7 @@ def extract_code(text: str) -> str:
     return found.group(1) if found else text
 
 
-def test_program(check: dict, text: str) -> str:
+def test_program(check: Mapping, text: str) -> str:
     """Python source: the code in ``text``, then the asserts. It exits with 0 when they hold. Model-written: run it confined."""
     return "\n".join([extract_code(text), *check["tests"], ""])
 
@@ -64,7 +92,7 @@ RULES: dict[str, Callable[..., bool]] = {
 }
 
 
-def meets_rules(check: dict, text: str) -> bool:
+def meets_rules(check: Mapping, text: str) -> bool:
     """Whether ``text`` meets every rule. Opening and closing lines are taken off before the body is judged."""
     text = text.strip()
     for rule in check["rules"]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from eval import benchmark
-from eval.families import FAMILIES
-from eval.roofline import Machine, Touched, forward_work, touched_experts
-from eval.subjects import SHAPES, SUBJECTS, subject_of
+from eval.roofline import Machine, Touched, Work, forward_work, touched_experts
+from eval.shapes import family_of, shapes
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
+from shared.family import FAMILIES
 from shared.gpu.graphs import Shape
 from tests.family_checks import golden_folder
 
@@ -45,7 +45,7 @@ def test_runs_on_a_cpu(capsys, tmp_path):
     assert "x" in out
     assert [d["rows"] for d in result["decodes"]] == [1, 1, 2, 2]
     assert all(d["tokens_per_second"] > 0 for d in result["decodes"])
-    assert all(r["ms"] > 0 and r["floor_ms"] > 0 for r in result["forwards"])
+    assert all(r["ms"] > 0 and r["floor_ms"] > 0 and r["of_datasheet"] is None for r in result["forwards"])
     assert json.loads((tmp_path / "r.json").read_text()) == result
     assert "microseconds and launches a step" in (tmp_path / "p.txt").read_text()
 
@@ -69,11 +69,14 @@ def test_a_mixture_of_experts_tells_what_it_touched(capsys, tmp_path):
 
 
 def test_family_comes_from_shape_or_model():
-    assert subject_of(None, "llada2-mini", None) is SUBJECTS["LLaDA2"]
-    assert subject_of(None, None, str(golden_folder("Fast-dLLM-v2") / "model")) is SUBJECTS["Fast-dLLM-v2"]
-    assert subject_of(None, None, None) is SUBJECTS["SDAR"]
+    assert family_of(None, "llada2-mini", None) is FAMILIES["LLaDA2"]
+    assert family_of(None, None, str(golden_folder("Fast-dLLM-v2") / "model")) is FAMILIES["Fast-dLLM-v2"]
+    assert family_of(None, None, "Fast-dLLM-v2/tiny") is FAMILIES["Fast-dLLM-v2"]
+    assert family_of(None, None, None) is FAMILIES["SDAR"]
     with pytest.raises(UserError, match="Allowed with this shape or model: SDAR"):
-        subject_of("LLaDA2", "sdar-8b", None)
+        family_of("LLaDA2", "sdar-8b", None)
+    with pytest.raises(UserError, match="did you mean sdar-8b"):
+        family_of(None, "sdar-8", None)
 
 
 def test_scripted_acceptance_counts():
@@ -115,6 +118,21 @@ def test_floor_by_hand():
     assert no_head.operations == 2 * body * 5 + 4 * (5 * 2.5) * (2 * 4)
 
 
+def test_share_of_the_data_sheet():
+    assert Machine("NVIDIA H200", read=4.3e12, rate=1.0).of_datasheet(2.4e12) == 0.5
+    assert Machine("NVIDIA H100 80GB HBM3", read=1.0, rate=1.0).of_datasheet(3.35e12) == 1
+    assert Machine("CPU, 2 threads", read=1e10, rate=1.0).of_datasheet(1e10) is None
+
+
+def test_a_known_device_shows_it(capsys):
+    table = benchmark.Forwards(None, Machine("NVIDIA L40S", read=0.8e12, rate=1e15), None, 8, 16, "drafter: ")
+    table.add("draft", 2.0, Work(read_bytes=0.864e12, operations=0.0), Touched())
+    assert table.rows == [
+        {"forward": "drafter: draft", "ms": 2000.0, "floor_ms": 1080.0, "over_floor": 1.85, "read_bytes": 864000000000, "of_datasheet": 0.5}
+    ]  # fmt: skip
+    assert "50.0 % of the datasheet bandwidth" in capsys.readouterr().out
+
+
 def test_experts_by_hand():
     """One layer of 8 experts of 3 x 4 x 16 weights; 5 tokens of 2 experts each."""
     config = LLaDA2MoeConfig(
@@ -140,8 +158,8 @@ def test_experts_by_hand():
 )
 def test_a_named_shape_has_the_released_sizes(shape, size):
     """The 16B's bytes are known to three digits."""
-    family, config = SHAPES[shape]
-    kind = FAMILIES[family].model_class
+    family = FAMILIES[shapes()[shape]]
+    kind, config = family.networks["model"].model_class, family.shapes[shape]["model"]
     with torch.device("meta"):
         model = kind(kind.config_class(**config))
     assert 2 * sum(p.numel() for p in model.parameters()) == pytest.approx(

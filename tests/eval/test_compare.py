@@ -15,10 +15,11 @@ from scipy.stats import binomtest
 
 from eval import agreement, calibration, compare, results
 from eval.cells import cell_key
+from eval.docs import refreshed
 from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
+from eval.records import trace_of
 from eval.stats import mcnemar, wilson
-from eval.store import trace_of
 from shared.errors import UserError
 from shared.output import Completion
 from shared.trace import Trace
@@ -152,7 +153,7 @@ def test_a_killed_comparison_goes_on(measured, tmp_path):
     lines = (folder / "cells.jsonl").read_bytes().splitlines(keepends=True)
     last = json.loads(lines[-1])["key"]
     (folder / "cells.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:100])
-    texts = folder / "predictions" / last / "predictions-0.jsonl"
+    texts = folder / "predictions" / last / "predictions.jsonl"
     kept = texts.read_bytes().splitlines(keepends=True)
     texts.write_bytes(kept[0] + kept[1][:30])
     compare.main([str(folder / "grid.yaml"), "--output", str(folder), "--device", "cpu"])
@@ -162,7 +163,7 @@ def test_a_killed_comparison_goes_on(measured, tmp_path):
         {k: v for k, v in r.items() if k not in timed} for r in before
     ]
     assert texts.read_bytes().startswith(kept[0])
-    assert len(texts.read_bytes().splitlines()) == 5
+    assert len(texts.read_bytes().splitlines()) == 4, "the torn line is gone"
 
 
 def contestant(setting, accuracy, forwards, verifies=0, p=1.0, **more):
@@ -210,22 +211,13 @@ def test_winners_are_the_cheapest_at_equal_accuracy():
     assert loose["gain"] == pytest.approx(0.8)
 
 
-def test_tables_are_made_between_their_marks(measured):
-    text = "before\n<!-- compare rows: results.json instructions ^plain -->\nold\n<!-- /compare -->\nafter"
-    made = results.refreshed(text, measured)
+def test_tables_of_what_was_measured(measured):
+    text = "<!-- compare rows: results.json instructions ^plain -->\n<!-- /compare -->"
+    made = refreshed(text, measured)
     assert "| plain 0.6 |" in made
     assert "| exact |" not in made
-    assert "old" not in made
-    assert results.refreshed(made, measured) == made
-    assert (made.startswith("before\n"), made.endswith("after")) == (True, True)
     for kind, part in (("winners", "S2D2"), ("families", "| SDAR | exact |")):
-        assert part in results.refreshed(f"<!-- compare {kind}: results.json -->\n<!-- /compare -->", measured)
-    empty = "<!-- compare families: results.json -->\n<!-- /compare -->\nkept\n<!-- compare rows: results.json all -->\n<!-- /compare -->\n"
-    assert "kept" in results.refreshed(empty, measured).splitlines()
-    with pytest.raises(UserError, match="unknown table"):
-        results.refreshed("<!-- compare row: results.json -->\n<!-- /compare -->", measured)
-    with pytest.raises(UserError, match="not there"):
-        results.refreshed("<!-- compare rows: nothing.json -->\n<!-- /compare -->", measured)
+        assert part in refreshed(f"<!-- compare {kind}: results.json -->\n<!-- /compare -->", measured)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed (Debian's package nodejs)")

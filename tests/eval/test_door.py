@@ -16,15 +16,15 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
-from eval.families import FAMILIES
 from eval.model import DraftAndVerifyLM
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
+from shared.family import FAMILIES, imported
 from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = [name for name, family in FAMILIES.items() if Path(family.shipped).is_dir()]
+SHIPPED = [name for name, family in FAMILIES.items() if family.shipped]
 TINY = str(ROOT / "SDAR" / "tiny")
 
 
@@ -157,7 +157,7 @@ def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatc
     assert info["texts"] == 5
     assert info["tokens"] > 0
     assert info["forwards"]["draft"] > 0
-    stored = tmp_path / "predictions-0.jsonl"
+    stored = tmp_path / "predictions.jsonl"
     rows = stored.read_bytes().splitlines(keepends=True)
     stored.write_bytes(b"".join(rows[:3]) + rows[3][:20])  # as a killed run leaves it
     again = DraftAndVerifyLM(**keys, resume=True)
@@ -173,7 +173,7 @@ def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("family", SHIPPED)
 def test_stop_strings_end_decoding(family):
-    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].shipped, preset="tiny", batch_size=4)
+    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].tiny, preset="tiny", batch_size=4)
     prompts = problems("word_problems", 4)
     whole = lm.generate_until(requests_of(lm, prompts))
     spent = lm.get_model_info()["decoding"]["forwards"]["draft"]
@@ -214,18 +214,19 @@ def one_by_one(model, family: str, context: list[int], continuation: list[int], 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_scores_are_products_of_block_size_one_probabilities(family):
-    model = FAMILIES[family].model_class.from_pretrained(ROOT / "tests" / "golden" / family / "model", dtype="float64")
+    network = FAMILIES[family].networks[FAMILIES[family].first]
+    model = network.model_class.from_pretrained(ROOT / "tests" / "golden" / family / "model", dtype="float64")
     mask = 255
     texts = [([5, 6, 7, 8], [9, 10, 11]), ([40], [41, 42, 43, 44, 45])]
     with torch.inference_mode():
-        for text, (scores, _) in zip(texts, FAMILIES[family].scores(model, texts, mask), strict=True):
+        for text, (scores, _) in zip(texts, imported(network.scoring)(model, texts, mask), strict=True):
             assert scores.tolist() == pytest.approx(one_by_one(model, family, *text, mask), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", SHIPPED)
 def test_likelihoods_and_perplexity_of_held_out_text(family):
     """A solution is likelier than nonsense, and a held-out one costs the model a fraction of what untrained weights pay, ln V a token."""
-    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].shipped, batch_size=4)
+    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].tiny, batch_size=4)
     rows = [json.loads(r) for r in (ROOT / "eval" / "tasks" / "word_problems.jsonl").read_text().splitlines()[:4]]
     chats = [lm.apply_chat_template([{"role": "user", "content": r["prompt"]}]) for r in rows]
     pairs = [

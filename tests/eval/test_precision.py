@@ -9,6 +9,7 @@ import torch
 
 from eval import precision
 from sdar import SDARForCausalLM
+from shared.family import FAMILIES
 from shared.options import Runtime
 from tests.family_checks import golden_folder
 
@@ -38,5 +39,6 @@ def test_a_wrong_network_is_seen():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_fast_bfloat16_is_as_near_to_float32_as_plain_bfloat16():
-    rows = precision.differences(precision.random_model("sdar-8b", torch.device("cuda"), torch.bfloat16), 512, 16)
+    models = precision.random_models(FAMILIES["SDAR"], "sdar-8b", torch.device("cuda"), torch.bfloat16)
+    rows = precision.differences(models["model"], 512, 16)
     assert rows["fast"]["mean"] <= precision.TOLERANCE * rows["plain"]["mean"]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.families import FAMILIES
 from shared.decode.run import inference
+from shared.family import FAMILIES
 from shared.network.loading import load_tokenizer
 from shared.scripts.prompts import encode_prompt
 
@@ -39,11 +39,13 @@ def test_a_decode_makes_the_gpu_of_its_model_the_current_one(monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_second_gpu_gives_the_text_of_the_first(name):
     family = FAMILIES[name]
-    tokenizer = load_tokenizer(family.shipped)
+    tokenizer = load_tokenizer(family.tiny)
     prompts = [encode_prompt(tokenizer, {"prompt": f"Count from {k} to {k + 9}."}) for k in range(3)]
     texts = []
     for device in ("cuda:0", "cuda:1"):
-        model = family.model_class.from_pretrained(family.shipped, device=device, dtype=torch.float32)
+        model = family.networks[family.first].model_class.from_pretrained(
+            family.tiny, device=device, dtype=torch.float32
+        )
         decoders = [decoder.generate for decoder in family.decoders.values()]
         texts += [decode(model, prompts, max_new_tokens=48).tokens for decode in decoders for _ in range(2)]
     half = len(texts) // 2

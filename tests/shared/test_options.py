@@ -57,7 +57,8 @@ FIELDS = [(group, f) for group in GROUPS for f in dataclasses.fields(group)]
 
 def test_every_group_is_covered_and_no_name_is_taken_twice():
     mine = [c for c in vars(groups).values() if dataclasses.is_dataclass(c) and c.__module__ == groups.__name__]
-    assert set(mine) == set(GROUPS)
+    bases = {base for c in mine for base in c.__mro__[1:]}
+    assert {c for c in mine if c not in bases} == set(GROUPS) | {groups.Threshold}
     names = [f.name for _, f in FIELDS]
     assert len(names) == len(set(names)) == len(Every.names())
     assert all(f.metadata["help"] for _, f in FIELDS)
@@ -396,3 +397,26 @@ def test_no_filter_may_be_said_by_none(nothing):
     """As the published decoders do; it overrides a preset's."""
     sampling = Every.from_flat({"top_k": 3, "top_p": 0.5}, top_k=nothing, top_p=nothing).sampling
     assert (sampling.top_k, sampling.top_p) == (0, 1.0)
+
+
+@dataclass(frozen=True)
+class Middle:
+    __slots__ = ()
+    middle: int = groups.option(2, "between", low=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Mine(groups.Ending, Middle, groups.BlockLength, groups.Group):
+    trim_stop_tokens: bool = groups.option(False, "mine")
+
+
+def test_a_group_of_parts_has_their_fields_from_right_to_left_and_its_own_defaults():
+    names = [f.name for f in dataclasses.fields(Mine)]
+    assert names == ["block_length", "middle", *(f.name for f in dataclasses.fields(groups.Ending))]
+    mine = Mine(block_length=4)
+    assert (mine.middle, mine.trim_stop_tokens, mine.max_new_tokens) == (2, False, 512)
+    assert not hasattr(mine, "__dict__")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mine.middle = 3
+    with pytest.raises(UserError, match="middle is 0"):
+        Mine(middle=0)

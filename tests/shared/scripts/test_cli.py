@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,16 +16,15 @@ from shared.options import ALIASES, Acceptance, Blocks, Cache, FlatOptions, Rout
 from shared.output import Completion, Output
 from shared.scripts.cli import (
     SCRIPT_ALIASES,
-    Results,
     Script,
     ScriptArguments,
     Streamer,
     build_parser,
     choose_script,
     format_comparison,
-    is_solved,
     load_prompts,
     parse,
+    result_of,
 )
 from shared.trace import Trace
 
@@ -226,107 +224,11 @@ def completion(request: int, tokens: list[int] | None = None) -> Completion:
     return Completion(request, tokens or [2], trace, 0.25, 0, f"text {request} ä\n")
 
 
-RUN = {"model": "m", "options": {"stopping_criteria_idx": [1]}, "prompts": [[1], [2], [3]]}
-
-
-def saved(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def test_results_are_appended_and_resumed(tmp_path):
-    first = Results(str(tmp_path / "out"), RUN)
-    assert first.done == set()
-    first.add(1, {"prompt": "b", "answer": 4}, completion(1))
-    (line,) = saved(tmp_path / "out")  # flushed at once
-    assert (line["index"], line["prompt"], line["answer"], line["text"]) == (1, "b", 4, "text 1 ä\n")
-    assert (line["token_ids"], line["forwards"], line["decided"]) == ([2], {"draft": 1}, {"unmasked": 1})
-    second = Results(str(tmp_path / "out"), RUN)
-    assert second.done == {1}
-    second.add(0, {"prompt": "a"}, completion(0))
-    assert [line["index"] for line in saved(tmp_path / "out")] == [1, 0]
-
-
-def test_half_a_last_line_is_dropped(tmp_path):
-    Results(str(tmp_path), RUN).add(0, {}, completion(0))
-    with (tmp_path / "outputs.jsonl").open("a") as file:
-        file.write('{"index": 1, "te')
-    again = Results(str(tmp_path), RUN)
-    assert again.done == {0}
-    again.add(1, {}, completion(1))
-    assert [line["index"] for line in saved(tmp_path)] == [0, 1]
-
-
-def test_results_of_other_settings_are_refused(tmp_path):
-    Results(str(tmp_path), RUN).add(0, {}, completion(0))
-    with pytest.raises(UserError, match="holds results of other settings"):
-        Results(str(tmp_path), {**RUN, "seed": 1})
-    assert len(saved(tmp_path)) == 1
-
-
-def test_a_record_of_its_own_index(tmp_path):
-    with Results(str(tmp_path), RUN) as results:
-        results.add(0, {"prompt": "x", "index": 41, "text": "mine"}, completion(0))
-    (line,) = saved(tmp_path)
-    assert (line["index"], line["text"], next(iter(line))) == (0, "text 0 ä\n", "index")
-    assert Results(str(tmp_path), RUN).done == {0}
-
-
-def test_results_close_their_file(tmp_path):
-    with Results(str(tmp_path), RUN) as results:
-        results.add(0, {}, completion(0))
-        file = results.file
-    assert file.closed
-    with Results(str(tmp_path / "none"), RUN):
-        pass
-    assert not (tmp_path / "none").exists(), "nothing finished, nothing written"
-
-
-def test_settings_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            Results(str(tmp_path), RUN).add(0, {}, completion(0))
-    assert not (tmp_path / "run.json").exists()
-    Results(str(tmp_path), RUN).add(0, {}, completion(0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["outputs.jsonl", "run.json"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("run.json", '{"a"', "run.json is damaged"),
-        ("outputs.jsonl", "{\n", "outputs.jsonl is damaged"),
-        ("outputs.jsonl", "{}\n", "outputs.jsonl is damaged"),
-        ("outputs.rank1.jsonl", "[1]\n", "outputs.rank1.jsonl is damaged"),
-    ],
-)
-def test_a_damaged_folder(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-        Results(str(tmp_path), RUN)
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        Results(str(tmp_path / "out"), RUN)
-
-
-def test_every_process_has_a_file_and_all_are_read(tmp_path):
-    for rank in (0, 1):
-        with Results(str(tmp_path), RUN, rank) as results:
-            results.add(rank, {}, completion(rank))
-    assert (tmp_path / "outputs.rank1.jsonl").is_file()
-    assert Results(str(tmp_path), RUN).done == {0, 1}
-
-
-def test_no_folder_no_results():
-    results = Results(None, RUN)
-    results.add(0, {}, completion(0))
-    assert results.done == set()
+def test_what_is_kept_of_a_text():
+    kept = result_of(1, {"prompt": "b", "index": 41, "text": "mine", "answer": 4}, completion(1))
+    assert (kept["index"], kept["prompt"], kept["answer"], kept["text"]) == (1, "b", 4, "text 1 ä\n")
+    assert (kept["token_ids"], kept["forwards"], kept["decided"]) == ([2], {"draft": 1}, {"unmasked": 1})
+    assert next(iter(kept)) == "index"
 
 
 class Bytes:
@@ -361,23 +263,6 @@ def test_streamer_names_texts_when_there_are_many(capsys):
     stream(3, [98, 99])
     stream(0, [100])
     assert capsys.readouterr().out == "[0] a\n[3] bc\n[0] d\n"
-
-
-@pytest.mark.parametrize(
-    ("record", "text", "want"),
-    [
-        ({"answer": 12}, "3 x 4\n#### 12\n", True),
-        ({"answer": "12"}, "12", True),
-        ({"answer": 12}, "#### 1 #### 13", False),
-        ({}, "#### 12", None),
-        ({"answer": "3 x 4 = 12\n#### 12"}, "so\n#### 12", True),
-        ({"answer": "3 x 4 = 12\n#### 12"}, "12", True),
-        ({"answer": "3 x 4 = 12\n#### 12"}, "3 x 4 = 12\n#### 13", False),
-        ({"expected": "a b"}, " a b\n", True),
-    ],
-)
-def test_is_solved(record, text, want):
-    assert is_solved(record, text) is want
 
 
 def test_comparison_table():
@@ -504,6 +389,17 @@ def test_script_errors_are_one_line_and_exit_code_2(checkpoint, capsys, argv):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
+
+
+def test_a_shipped_checkpoint_by_its_name(checkpoint, monkeypatch, tmp_path):
+    """``--model tiny`` is the folder beside the script from anywhere, unless a folder of that name is here."""
+    script = dataclasses.replace(generate_ssd_policy.SCRIPT, folder=checkpoint.parent)
+    monkeypatch.chdir(tmp_path)
+    assert script.source(None) == str(checkpoint.parent / "tiny")
+    assert script.source(checkpoint.name) == str(checkpoint)
+    assert script.source("SDAR/tiny") == "SDAR/tiny", "for `shared.network.loading.checkpoint_folder`"
+    (tmp_path / checkpoint.name).mkdir()
+    assert script.source(checkpoint.name) == checkpoint.name
 
 
 def test_script_without_a_checkpoint(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The child process of `eval.sandbox`: confines itself, then runs the program on its standard input. Standard library only.
+"""The child process of `shared.scripts.sandbox`: confines itself, then runs the program on its standard input. Standard library only.
 
 python -I jail.py SECONDS MEMORY_MB FILES_MB FOLDER < program.py
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import sandbox
-from eval.sandbox import Limits, run
 from shared.errors import UserError
+from shared.scripts import sandbox
+from shared.scripts.sandbox import Limits, run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -128,7 +128,7 @@ def test_refuses_where_it_cannot_confine(monkeypatch, tmp_path):
 
 
 def test_the_jail_itself_refuses_without_namespaces(monkeypatch, capsys, tmp_path):
-    from eval import jail
+    from shared.scripts import jail
 
     monkeypatch.setattr(jail.libc, "unshare", lambda flags: -1, raising=False)
     monkeypatch.setattr(sys, "argv", ["jail.py", "1", "512", "16", str(tmp_path)])

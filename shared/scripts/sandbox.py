@@ -1,6 +1,6 @@
 """Runs model-written Python where it can harm nothing, and says whether it ran to its end.
 
-The program runs in a child process (`eval/jail.py`, Linux) inside its own user, process, network, mount and IPC namespaces: every file system is
+The program runs in a child process (`jail.py`, Linux) inside its own user, process, network, mount and IPC namespaces: every file system is
 read-only but for a small temporary folder in memory, there is no network and no other process to see, and a system-call filter refuses
 sockets, new processes and mounts. Processor time, wall time, memory, open files and file sizes are limited. Where a limit cannot be had, `run` refuses.
 """

@@ -1,0 +1,115 @@
+"""Records that a run appends to files as it goes, and that a later run finds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TextIO
+
+from shared.errors import UserError
+
+
+class Store:
+    """Records in a folder, one JSON object a line, written to disk as they come; ``found`` are those of earlier runs, by their ``key``.
+
+    Every process appends to a file of its own, ``NAME.jsonl`` or ``NAME.rank1.jsonl`` and so on, and reads all of them. Nothing is written before the
+    first record. ``run``: settings, kept in run.json, that all runs into one folder must share. ``resume`` off: what is there is not read, and this
+    process's file begins anew. Without a folder nothing is kept. Raises `UserError` where the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        name: str,
+        key: str,
+        *,
+        rank: int = 0,
+        run: dict | None = None,
+        resume: bool = True,
+    ):
+        self.root = None if folder is None else Path(folder)
+        self.key, self.rank, self.run, self.resume = key, rank, run, resume
+        self.file: TextIO | None = None
+        self.found: dict = {}
+        if self.root is None:
+            return
+        self.path = self.root / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
+        check_writable(self.root)
+        if run is not None:
+            self._check_run()
+        if resume:
+            self.found = records_in(self.root, name, key)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def append(self, record: dict) -> None:
+        """Write a record; it is on disk when this returns."""
+        if self.root is None:
+            return
+        if self.file is None:
+            self._open()
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def _open(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        if self.run is not None:
+            unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
+            unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, self.root / "run.json")
+        if self.resume and self.path.is_file():
+            os.truncate(self.path, len(whole_lines(self.path)))
+        self.file = self.path.open("a" if self.resume else "w", encoding="utf-8")
+
+    def _check_run(self) -> None:
+        """Raise `UserError` if the folder holds results of another run."""
+        settings = self.root / "run.json"
+        try:
+            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
+        except ValueError as error:
+            raise UserError(
+                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
+            ) from error
+        if not same:
+            raise UserError(
+                f"output folder {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` unless ``folder`` is one, or can be made."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output folder {str(folder)!r} is a file. Allowed: a folder")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours")
+
+
+def whole_lines(path: Path) -> bytes:
+    """The file less half a last line, which a killed run may leave."""
+    kept = path.read_bytes()
+    return kept[: kept.rfind(b"\n") + 1]
+
+
+def records_in(folder: Path, name: str, key: str) -> dict:
+    """The records that all processes left in a folder, by key; of several with one key the last."""
+    found = {}
+    for path in [folder / f"{name}.jsonl", *sorted(folder.glob(f"{name}.rank*.jsonl"))]:
+        if not path.is_file():
+            continue
+        try:
+            records = [json.loads(line) for line in whole_lines(path).split(b"\n") if line]
+            found |= {record[key]: record for record in records}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: not every line is a JSON object with {key!r} ({error})") from error
+    return found
