@@ -90,7 +90,7 @@ def check_graphs_change_nothing(
         staged, runner = run(), family.model.engine.runner
     finally:
         family.model.engine = None
-    assert sum(runner.replays.values()) > 0, "nothing was replayed"
+    assert sum(runner.replays.values()) > 0 or not runner.captured, "nothing was replayed"
     assert phases[0]._captured, "no phase was captured"
     for one, other in zip(plain.completions, staged.completions, strict=True):
         assert other.tokens == one.tokens

@@ -1,8 +1,7 @@
 """A family in miniature, made of the shared leaves: an autoregressive target, a drafter, and branches that share a prefix. For tests alone.
 
-Every step the drafter begins ``branches`` drafts with its likeliest tokens. The target verifies them in one forward, each in a row of its own behind the
-text's prefix. The branch with the longest accepted prefix becomes the text's.
-"""
+Every step the drafter begins ``branches`` drafts with its likeliest tokens. The target verifies them in one forward, each in a row of its own
+behind the text's prefix. The branch with the longest accepted prefix becomes the text's."""
 
 import torch
 
