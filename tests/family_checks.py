@@ -83,16 +83,18 @@ def check_batch_equals_alone(family: Family, decoder: str, flat: dict, prompts: 
 def check_graphs_change_nothing(
     family: Family, decoder: str, flat: dict, prompts: list[list[int]], rows: int, monkeypatch
 ) -> None:
-    """A device that sees only what was staged for its graphs, forwards and phases alike, decodes the same: ids, order, edits, verifies, forwards."""
+    """A device that sees only what was staged for its graphs, forwards and phases alike, decodes the same: ids, order, edits, verifies, forwards. So does
+    a second decode in the same graphs, whose state has to move to where they look."""
     run = lambda: family.run(decoder, prompts, flat, seed=6, batch_size=rows)  # noqa: E731
     plain, phases = run(), see_only_what_was_staged(monkeypatch)
     try:
-        staged, runner = run(), family.model.engine.runner
+        staged, runner, again = run(), family.model.engine.runner, run()
     finally:
         family.model.engine = None
+    assert len(phases) == 1, "the second decode was not adopted"
     assert sum(runner.replays.values()) > 0 or not runner.captured, "nothing was replayed"
     assert phases[0]._captured, "no phase was captured"
-    for one, other in zip(plain.completions, staged.completions, strict=True):
+    for one, other in zip(plain.completions * 2, staged.completions + again.completions, strict=True):
         assert other.tokens == one.tokens
         assert other.trace.order() == one.trace.order()
         assert other.trace.edits == one.trace.edits

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shared.decode import run as decode_run
 from shared.gpu import engine as engine_module
 from shared.gpu.engine import Engine
 from shared.gpu.graphs import GraphRunner
@@ -87,10 +86,9 @@ def see_only_what_was_staged(monkeypatch) -> list[Phases]:
     monkeypatch.setattr(engine_module, "GraphRunner", StagedRunner)
     monkeypatch.setattr(Engine, "can_capture", True)
 
-    def phases_for(engines, signature, owners):
-        owned = lambda tensor: any(engine.runner.owns(tensor) for engine in engines)  # noqa: E731
-        made.append(Phases(signature, owners, owned, recorder(owners)))
+    def phases(signature, owners, is_fixed):
+        made.append(Phases(signature, owners, is_fixed, recorder(owners)))
         return made[-1]
 
-    monkeypatch.setattr(decode_run, "phases_for", phases_for)
+    monkeypatch.setattr(engine_module, "Phases", phases)
     return made
