@@ -12,12 +12,12 @@ from fast_dllm_v2.configuration_fast import Fast_dLLM_QwenConfig
 from shared.network.decoder import DecoderModel, Switches
 
 
-def previous_row(place: Tensor) -> Tensor:
-    """The row of a forward that predicts the token at ``place``, an index into the same forward.
+def previous_row(index: Tensor) -> Tensor:
+    """The row of a forward that predicts the token at ``index`` of the same forward.
 
-    The token before the first is not in the forward, so place 0 gets row 0, which predicts another token; decoders know place 0 already.
+    The token before the first is not in the forward, so index 0 gets row 0, which predicts another token; decoders know it already.
     """
-    return (place - 1).clamp(min=0)
+    return (index - 1).clamp(min=0)
 
 
 class Fast_dLLM_QwenForCausalLM(DecoderModel):

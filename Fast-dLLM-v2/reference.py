@@ -25,7 +25,7 @@ from shared.trace import How
 
 @dataclass(frozen=True)
 class Encoded:
-    """A token that a forward has encoded; ``sees`` are places in `Reference.encoded`, its own among them."""
+    """A token that a forward has encoded; ``sees`` are indices into `Reference.encoded`, its own among them."""
 
     token: int
     position: int
@@ -44,8 +44,8 @@ class Reference(reference.Reference):
         self.block_cache, self.cache_options = options.block_cache, getattr(options, "cache", Cache())
         self.stops = set(options.blocks.stopping_criteria_idx)
         self.encoded: list[Encoded] = []  # the committed text, and behind it what the block cache holds
-        self.committed = 0  # of these, tokens of finished blocks: place and position are one
-        self.held: dict[int, int] = {}  # the block cache: position -> place in ``encoded``
+        self.committed = 0  # of these, tokens of finished blocks: index and position are the same
+        self.held: dict[int, int] = {}  # the block cache: position -> index in ``encoded``
         self.causal_rows = 0  # leading rows of the block that draft_ver has made causal
         self.saw_final = False  # did the last verify see the block as it is now?
         self.out = ReferenceText()
@@ -142,7 +142,7 @@ class Reference(reference.Reference):
     def forward(self, kind: str | None, ids: list[int], first: int, seen: Tensor, beside: Sequence[int] = ()) -> Tensor:
         """Logits ``[T, V]`` of ``ids`` at the positions from ``first`` on; row ``t`` predicts the token after it. ``kind`` None is not counted.
 
-        Each sees everything committed, the encoded tokens at the places ``beside``, and by ``seen [T, T]`` each other. ``latest`` is what the forward
+        Each sees everything committed, the encoded tokens at the indices ``beside``, and by ``seen [T, T]`` each other. ``latest`` is what the forward
         encoded, for callers that keep it.
         """
         if kind:
@@ -156,8 +156,8 @@ class Reference(reference.Reference):
     def logits(self, tokens: list[Encoded]) -> Tensor:
         """Logits ``[T, V]`` of the network over ``tokens``, each seeing what it says."""
         mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-        for place, token in enumerate(tokens):
-            mask[place, list(token.sees)] = True
+        for index, token in enumerate(tokens):
+            mask[index, list(token.sees)] = True
         ids, positions = ([getattr(t, name) for t in tokens] for name in ("token", "position"))
         return self.suppress_mask(self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)[0])
 
@@ -191,7 +191,7 @@ class Reference(reference.Reference):
         The row that predicts the first position is outside, so that position gets the first row, as the second does.
         """
         start, end = self.start, self.start + self.length
-        beside = [place for position, place in self.held.items() if not start <= position < end]
+        beside = [index for position, index in self.held.items() if not start <= position < end]
         everything = torch.ones(self.length, self.length, dtype=torch.bool)
         logits = self.forward("draft", self.x[start:end], start, everything, beside)
         self.held |= {start + i: len(self.encoded) + i for i in range(self.length)}
@@ -199,16 +199,16 @@ class Reference(reference.Reference):
         return logits[[max(i - 1, 0) for i in range(self.length)]]
 
     def verify(self, step: Step) -> None:
-        """Judge the span by one causal forward from the block's start to the small block's end, drafts in place of masks (S2D2): by the shift, the row
+        """Verify the span in one causal forward from the block's start to the small block's end, drafts in index of masks (S2D2): by the shift, the row
         before a position is the block-size-one model there."""
         first, end = self.start // self.window * self.window, self.start + self.length
         drafted = self.x[first:end]
         for i in step.masked:
             drafted[self.start - first + i] = step.tokens[i]
         logits = self.forward("verify", drafted, first, token_causal(end - first))
-        self.judge(step, logits[[max(self.start - first + i - 1, 0) for i in range(self.length)]])
+        self.accept_span(step, logits[[max(self.start - first + i - 1, 0) for i in range(self.length)]])
 
-    def draft_law(self, step: Step, i: int) -> Tensor:
+    def draft_distribution(self, step: Step, i: int) -> Tensor:
         """What was really drafted from, whatever the verifier's temperature."""
         return transform(step.logits[i], self.sampling.temperature, self.sampling.top_k, self.sampling.top_p).softmax(
             -1

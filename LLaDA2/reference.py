@@ -168,7 +168,7 @@ class Reference(reference.Reference):
         return self.forward("verify", ids, [*range(end), *range(start, end)], bias, 2 * length)
 
     def verify(self, step: Step) -> None:
-        self.judge(step, self.verifier_logits(step))
+        self.accept_span(step, self.verifier_logits(step))
 
 
 def generate(

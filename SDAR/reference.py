@@ -113,7 +113,7 @@ class Reference(reference.Reference):
         return Step(start, self.x[start:end], masked, *self.draw(logits), logits, decoded)
 
     def verify(self, step: Step) -> None:
-        """Judge the span by the block-size-one law, one mask query per position (the 2L layout)."""
+        """Verify the span at block size one, one mask query per position (the 2L layout)."""
         length, start, end = self.blocks.block_length, step.start, step.start + self.blocks.block_length
         drafted = [step.tokens[i] if i in step.masked else self.x[start + i] for i in range(length)]
         seen = torch.zeros(end + length, end + length, dtype=torch.bool)
@@ -125,7 +125,7 @@ class Reference(reference.Reference):
         self.out.forwards["verify"] += 1
         ids = self.x[:start] + drafted + [self.blocks.mask_id] * length
         positions = [*range(end), *range(start, end)]
-        self.judge(step, self.forward(ids, positions, seen, slice(end, end + length)))
+        self.accept_span(step, self.forward(ids, positions, seen, slice(end, end + length)))
 
     def by_rule(self, step: Step, due: int, overtime: bool) -> list[int]:
         """Positions the unmasking rule takes among those still masked, in its order."""

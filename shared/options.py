@@ -221,7 +221,7 @@ class Estimation(Group):
 @dataclass(frozen=True, slots=True)
 class Acceptance(Group):
     acceptance: Literal["published", "exact"] = option(
-        "published", "exact preserves the verifier's law (and greedy text); published is the paper's rule"
+        "published", "exact preserves the verifier's distribution (and greedy text); published is the paper's rule"
     )
     allow_resample: bool = option(
         True, "replace the first rejected token; otherwise its draft is kept (Fast-dLLM v2: it stays masked)"

@@ -31,7 +31,7 @@ class Family:
 
     ``model``: a small model (float64, so that ties and rounding play no part). ``decoders``: name -> (generate function, options class).
     ``reference(model, prompt, options, uniforms)``: the slow definition; returns ``tokens``, ``order`` and ``forwards``. ``plain`` and
-    ``speculative`` name the two decoders that the laws relate.
+    ``speculative`` name the two decoders that the checks relate.
     """
 
     model: object
@@ -120,7 +120,7 @@ def check_exact_greedy_is_block_size_one(family: Family, flat: dict, prompts: li
     assert fast.tokens == one.tokens
     assert again.tokens == one.tokens, "exact greedy decoding ignores the seed"
     assert all(c.uniforms_used == 0 for c in fast.completions)
-    # Some text must really have drafted several tokens at once, or the law was not put to the test.
+    # Some text must really have drafted several tokens at once, or nothing was put to the test.
     assert max(max(c.trace.accepted) for c in fast.completions) > 1
 
 

@@ -107,7 +107,7 @@ class Reference:
         """Log-weights as the verifier and the estimators see them."""
         return transform(logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
 
-    def draft_law(self, step: Step, i: int) -> Tensor:
+    def draft_distribution(self, step: Step, i: int) -> Tensor:
         """``[V]``: ``p`` of the residual ``q - p`` at position ``i``."""
         return self.transform(step.logits[i]).softmax(-1)
 
@@ -120,7 +120,7 @@ class Reference:
         if self.acceptance.always_check_high_confidence:
             step.take(sorted(self.confident(step), key=lambda i: -step.confidence[i]), How.CONFIDENT)
 
-    def judge(self, step: Step, logits: Tensor) -> None:
+    def accept_span(self, step: Step, logits: Tensor) -> None:
         """Accept a prefix of the span by the verifier's ``logits [L, V]``; the first token that is not accepted is replaced, and only later ones with a
         high ratio are kept."""
         rule, step.verified = self.acceptance, True
@@ -147,9 +147,9 @@ class Reference:
 
     def resample(self, step: Step, target: Tensor, i: int) -> int:
         """A token from the normalised positive part of ``q - p``, or from ``q`` (``target [V]``) where that has no mass."""
-        law = (target - self.draft_law(step, i)).clamp_min(0)
-        law = law / law.sum() if 0 < float(law.sum()) < math.inf else target
-        return int(inverse_cdf(law, torch.tensor(next(self.uniforms))))
+        left = (target - self.draft_distribution(step, i)).clamp_min(0)
+        left = left / left.sum() if 0 < float(left.sum()) < math.inf else target
+        return int(inverse_cdf(left, torch.tensor(next(self.uniforms))))
 
     def wants_verify(self, step: Step) -> bool:
         """The routing policies. A step without masks has the score -inf."""

@@ -95,12 +95,12 @@ def span_inputs(draft: Draft, tokens: int, queries: int, start: Tensor, mask_id:
     """A verify of the spans of ``draft``, whose blocks begin at positions ``start [v]``, over the first ``tokens`` of them. No host read."""
     length, device = draft.block.shape[1], draft.block.device
     filled = torch.where(draft.masked, draft.tokens, draft.block)[:, :tokens]
-    place = torch.arange(tokens, device=device).expand_as(filled)
+    offset = torch.arange(tokens, device=device).expand_as(filled)
     asked = torch.arange(queries, device=device).expand(len(filled), -1)
     if queries < length:
         asked = asked + draft.first_masked[:, None]
         asked = torch.where(asked < (draft.first_masked + draft.span_length)[:, None], asked, length)
     ids = torch.cat([filled, torch.full_like(asked, mask_id)], 1)
-    positions = start[:, None] + torch.cat([place, asked.clamp(max=length - 1)], 1)
+    positions = start[:, None] + torch.cat([offset, asked.clamp(max=length - 1)], 1)
     wanted = torch.arange(tokens, tokens + queries, device=device).expand(len(filled), -1)
     return SpanInputs(ids, positions, masks.span_verify(asked, tokens), asked, wanted)

@@ -44,9 +44,9 @@ def mix_chosen(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Te
     """Each chosen expert on its own tokens, one after the other (one host read). Sums are in the dtype of ``weights``."""
     out = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     for e in experts.unique().tolist():
-        token, place = (experts == e).nonzero(as_tuple=True)
+        token, slot = (experts == e).nonzero(as_tuple=True)
         inner = F.silu(F.linear(x[token], gate[e])) * F.linear(x[token], up[e])
-        out.index_add_(0, token, F.linear(inner, down[e]) * weights[token, place, None])
+        out.index_add_(0, token, F.linear(inner, down[e]) * weights[token, slot, None])
     return out.to(x.dtype)
 
 

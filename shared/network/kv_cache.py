@@ -122,7 +122,7 @@ class Where:
 
 
 class Window:
-    """One forward's place in the cache, said once: ``b`` entries of ``tokens`` tokens each. ``where`` is the same for the device.
+    """Where one forward reads and writes, said once: ``b`` entries of ``tokens`` tokens each. ``where`` is the same for the device.
 
     Entry ``i`` reads the prefix ``[0, length + ahead[i])`` of row ``rows[i]``. It writes at ``[prefix + offset, prefix + offset + tokens)`` of row
     ``write_rows[i]`` (default: the same row) and sees, besides its prefix, the local slots ``[prefix, prefix + width)`` of that row. ``width`` is
@@ -161,7 +161,7 @@ class Window:
         if self.extent > cache.slots:
             raise ValueError(f"a forward needs {self.extent} cache slots, {cache.slots} are allocated")
         self.uniform = min(self.prefixes) == max(self.prefixes)
-        # Every row in order at one place: a slice, which a CPU copies faster than it scatters.
+        # Every row in order, at the same slots: a slice, which a CPU copies faster than it scatters.
         self._everyone = write_rows is None and self.entries == list(range(len(cache.lengths)))
         same_slots = self._everyone and self.uniform and min(offsets) == max(offsets)
         self._first = self.prefixes[0] + offsets[0] if same_slots else None

@@ -270,9 +270,9 @@ class CheckpointModel(nn.Module):
         shards = checked_shards(folder, shapes, [_HEAD] if tied else [], cls.checkpoint_key)
         model.to_empty(device=device)
         # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
-        places = model.state_dict()
-        for key, tensor in read_tensors(shards, places, rename=cls.checkpoint_key):
-            places[key].copy_(tensor)
+        targets = model.state_dict()
+        for key, tensor in read_tensors(shards, targets, rename=cls.checkpoint_key):
+            targets[key].copy_(tensor)
         if tied:
             model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
         model.folder = folder

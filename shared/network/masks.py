@@ -39,13 +39,13 @@ def span_verify(queries: Tensor, tokens: int) -> Tensor:
     ``queries [B, M]`` are the in-block positions the mask tokens stand at. As in `two_copy_verify`, a drafted token sees drafted tokens up to
     itself, a query at position ``p`` sees drafted tokens ``j < p`` and itself. ``two_copy_verify(L)`` is the case ``E = M = L``.
     """
-    place = torch.arange(tokens + queries.shape[1], device=queries.device)
-    stands_at = torch.cat([place[:tokens].expand(len(queries), -1), queries], 1)
-    earlier = (place < stands_at[:, :, None]) & (place < tokens)
-    return earlier | (place == place[:, None])
+    column = torch.arange(tokens + queries.shape[1], device=queries.device)
+    stands_at = torch.cat([column[:tokens].expand(len(queries), -1), queries], 1)
+    earlier = (column < stands_at[:, :, None]) & (column < tokens)
+    return earlier | (column == column[:, None])
 
 
 def causal_until(first_masked: Tensor, block_length: int) -> Tensor:
     """``[B, L, L]``: rows before ``first_masked [B]`` are token-causal, the others see the whole block (``draft_ver``)."""
-    place = torch.arange(block_length, device=first_masked.device)
-    return (place <= place[:, None]) | (place >= first_masked[:, None])[:, :, None]
+    column = torch.arange(block_length, device=first_masked.device)
+    return (column <= column[:, None]) | (column >= first_masked[:, None])[:, :, None]

@@ -97,8 +97,8 @@ def accept_span(
         left = residual(target[in_order, rejected], draft.log_weights_at(at[in_order, rejected]).softmax(-1))
         replacement = inverse_cdf(left, uniforms.take(draft.rows, 1, count < draft.span_length)[:, 0])
     return Verdict(
-        accepted=draft.span & (draft.place_in_span < count[:, None]),
-        rejected=draft.span & (draft.place_in_span == count[:, None]),
+        accepted=draft.span & (draft.offset_in_span < count[:, None]),
+        rejected=draft.span & (draft.offset_in_span == count[:, None]),
         replacement=None if replacement is None else replacement[:, None].expand_as(draft.tokens),
         ratio=torch.zeros_like(draft.confidence) if ratio is None else in_block(ratio, queries, length),
         finite=finite.all(-1),
@@ -129,7 +129,7 @@ def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance, *, keep
         tokens = torch.where(verdict.rejected, verdict.replacement, tokens)
     elif keep_rejected:
         how = how + verdict.rejected * int(How.KEPT)
-    choice = Choice(tokens, how, draft.place_in_span, (how != How.NONE).sum(-1))
+    choice = Choice(tokens, how, draft.offset_in_span, (how != How.NONE).sum(-1))
     if options.ssd_ratio_threshold >= 0:
         reach = draft.masked if options.ssd_threshold_all_spans else draft.span
         choice.add(reach & (verdict.ratio >= options.ssd_ratio_threshold), draft.tokens, How.RATIO)

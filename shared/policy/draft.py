@@ -38,14 +38,14 @@ class Draft:
         return self.masked.int().argmax(-1)
 
     @cached_property
-    def place_in_span(self) -> Tensor:
-        """``[b, L]``: place of each position counted from the first masked one, which has 0."""
+    def offset_in_span(self) -> Tensor:
+        """``[b, L]``: distance of each position from the first masked one."""
         return torch.arange(self.masked.shape[1], device=self.masked.device) - self.first_masked[:, None]
 
     @cached_property
     def span(self) -> Tensor:
         """``[b, L]``: the first maximal run of masked positions."""
-        return self.masked & (self.masked.cumsum(-1) == self.place_in_span + 1)
+        return self.masked & (self.masked.cumsum(-1) == self.offset_in_span + 1)
 
     @cached_property
     def span_length(self) -> Tensor:
@@ -71,11 +71,11 @@ class Draft:
 
 
 def rank_by(key: Tensor, take: Tensor) -> Tensor:
-    """``[b, L]``: place of each taken position when those are sorted by ``key`` ascending, the lower position first on ties."""
+    """``[b, L]``: rank of each taken position when those are sorted by ``key`` ascending, the lower position first on ties."""
     key = torch.where(take, key.double(), torch.inf)
     mine, theirs = key[..., :, None], key[..., None, :]
-    place = torch.arange(key.shape[-1], device=key.device)
-    return ((theirs < mine) | ((theirs == mine) & (place < place[:, None]))).sum(-1)
+    index = torch.arange(key.shape[-1], device=key.device)
+    return ((theirs < mine) | ((theirs == mine) & (index < index[:, None]))).sum(-1)
 
 
 @dataclass

@@ -66,5 +66,5 @@ class Uniforms:
 
     def at(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """The uniforms of ``rows [b]`` by number, ``[b, n]`` for ``numbers [b, n]``; cursors stay. For decoders in which each emitted token uses one,
-        numbered by its place in the text."""
+        numbered by its position in the text."""
         return self.table[rows[:, None], numbers]

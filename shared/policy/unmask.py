@@ -33,8 +33,8 @@ def above_threshold(confidence: Tensor, eligible: Tensor, count: Tensor, thresho
 
 def leftmost(eligible: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The first ``count`` (``sequential``)."""
-    place = torch.arange(eligible.shape[-1], device=eligible.device).expand(eligible.shape)
-    return eligible & (rank_by(place, eligible) < count[:, None]), place
+    index = torch.arange(eligible.shape[-1], device=eligible.device).expand(eligible.shape)
+    return eligible & (rank_by(index, eligible) < count[:, None]), index
 
 
 def within_budget(

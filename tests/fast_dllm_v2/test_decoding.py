@@ -163,7 +163,7 @@ def test_exact_greedy_is_block_size_one(small, block_cache, draft_ver):
     assert all(c.uniforms_used == 0 for c in out.completions)
 
 
-def test_exact_law_of_the_family():
+def test_exact_distribution_of_the_family():
     flat = {k: v for k, v in SMALL.items() if k != "block_length"} | {"block_length": 8}
     checks.check_exact_greedy_is_block_size_one(family(), flat, PROMPTS)
 

@@ -319,27 +319,27 @@ def test_exact_greedy_is_block_size_one(block_length, draft_ver):
         checks.check_exact_greedy_is_block_size_one(family(), flat, prompts)
 
 
-def test_exact_sampling_has_the_law_of_block_size_one():
-    """The first two tokens of many texts, drawn by speculation, against their exact joint law. chi-square, 15 cells."""
+def test_exact_sampling_has_the_distribution_of_block_size_one():
+    """The first two tokens of many texts, drawn by speculation, against their exact joint distribution. chi-square, 15 cells."""
     model, prompt, count = family().model, [7, 8, 9], 1500
     flat = {**BASE, **NO_EDITS, "block_length": 4, "max_new_tokens": 5, "temperature": 0.6, "top_k": 4}
-    law = {}
+    distribution = {}
     ids, seen = torch.tensor([[*prompt, 255]]), torch.ones(4, 4, dtype=torch.bool).tril()
     first = _filtered(model(ids, torch.arange(4)[None], None, seen)[0, -1])
     for a in first.nonzero()[:, 0].tolist():
         ids, seen = torch.tensor([[*prompt, a, 255]]), torch.ones(5, 5, dtype=torch.bool).tril()
         second = _filtered(model(ids, torch.arange(5)[None], None, seen)[0, -1])
-        law |= {(a, b): float(first[a] * second[b]) for b in second.nonzero()[:, 0].tolist()}
+        distribution |= {(a, b): float(first[a] * second[b]) for b in second.nonzero()[:, 0].tolist()}
     out = family().run("speculative", [prompt] * count, {**flat, **LOSSLESS}, batch_size=1000, seed=3)
     assert out.lossless
     found = Counter(tuple(t[:2]) for t in out.tokens)
-    assert set(found) <= set(law)
-    chi = sum((found[k] - count * p) ** 2 / (count * p) for k, p in law.items())
+    assert set(found) <= set(distribution)
+    chi = sum((found[k] - count * p) ** 2 / (count * p) for k, p in distribution.items())
     assert chi < 37.7, "the 99.9 % point of chi-square with 15 degrees of freedom"
 
 
 def _filtered(logits: torch.Tensor) -> torch.Tensor:
-    """The law of one token at temperature 0.6, top 4, the mask never predicted."""
+    """The distribution of one token at temperature 0.6, top 4, the mask never predicted."""
     logits = logits.float() / 0.6
     logits[255] = -torch.inf
     return logits.masked_fill(logits < logits.topk(4).values[-1], -torch.inf).softmax(-1)

@@ -1,4 +1,4 @@
-"""Exact self-speculation at temperature 1 draws from the law of block size one: a chi-square test against the enumerated law.
+"""Exact self-speculation at temperature 1 draws from the distribution of block size one: a chi-square test against the enumerated distribution.
 
 False alarms: every test here passes when p > 1e-4, so a correct decoder fails one of the honest settings with odds of at most 1 in
 10,000 each; the seed is fixed, so a pass stays a pass. Deliberately broken rules must give p < 1e-12 with as many texts.
@@ -83,7 +83,7 @@ def model(name: str = "SDAR"):
 
 
 @lru_cache
-def law(
+def distribution(
     prompt: tuple[int, ...], temperature: float = 1.0, top_k: int = 0, name: str = "SDAR"
 ) -> dict[tuple[int, ...], float]:
     """Probability of every continuation: each token predicted after causal context."""
@@ -111,7 +111,7 @@ def draw(prompt: tuple[int, ...], *, name: str = "SDAR", plain: bool = False, **
 
 
 def p_value(texts: list[list[int]], joint: dict[tuple[int, ...], float]) -> float:
-    """Chi-square against ``joint``; texts expected fewer than five times share one bin. A text the law forbids gives 0."""
+    """Chi-square against ``joint``; texts expected fewer than five times share one bin. A text the distribution forbids gives 0."""
     drawn = dict.fromkeys(joint, 0)
     for text in texts:
         drawn[tuple(text)] += 1
@@ -152,7 +152,7 @@ SETTINGS = {
 def test_exact_sampling_is_block_size_one(setting):
     name, prompt, flat = SETTINGS[setting]
     out = draw(prompt, name=name, **EXACT, **flat)
-    joint = law(prompt, flat.get("temperature", 1.0), flat.get("top_k", 0), name)
+    joint = distribution(prompt, flat.get("temperature", 1.0), flat.get("top_k", 0), name)
     assert out.lossless
     assert p_value(out.tokens, joint) > 1e-4
     counts = [c.trace.counts() for c in out.completions]
@@ -165,7 +165,7 @@ def test_exact_sampling_is_block_size_one(setting):
 def test_block_size_one_itself(name):
     out = draw((2,), name=name, plain=True, block_length=1, **FAMILIES[name].exact)
     assert out.lossless
-    assert p_value(out.tokens, law((2,), name=name)) > 1e-4
+    assert p_value(out.tokens, distribution((2,), name=name)) > 1e-4
 
 
 def test_the_likeliest_token_after_a_block_is_caught():
@@ -173,7 +173,7 @@ def test_the_likeliest_token_after_a_block_is_caught():
     for prompt, flat in (((1, 3), {"block_length": 2}), ((1, 2), {"block_length": 4})):
         out = draw(prompt, name="Fast-dLLM-v2", **EXACT, **flat, greedy_next=True)
         assert not out.lossless
-        assert p_value(out.tokens, law(prompt, name="Fast-dLLM-v2")) < 1e-12
+        assert p_value(out.tokens, distribution(prompt, name="Fast-dLLM-v2")) < 1e-12
 
 
 BROKEN = {
@@ -187,25 +187,25 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_rule_is_caught(name, monkeypatch):
     monkeypatch.setattr(verify, *BROKEN[name])
-    assert p_value(draw((2,), **EXACT, block_length=4).tokens, law((2,))) < 1e-12
+    assert p_value(draw((2,), **EXACT, block_length=4).tokens, distribution((2,))) < 1e-12
 
 
 def test_plain_diffusion_is_caught():
-    """Tokens of one step drawn independently of each other do not follow the law."""
+    """Tokens of one step drawn independently of each other do not follow the distribution."""
     out = draw((2,), plain=True, block_length=4, denoising_steps=1, remasking_strategy="low_confidence_static")
     assert not out.lossless
-    assert p_value(out.tokens, law((2,))) < 1e-12
+    assert p_value(out.tokens, distribution((2,))) < 1e-12
 
 
 def test_a_block_causal_cache_is_caught():
-    """Without ``cache_ver`` the second block is verified against keys the law does not have."""
+    """Without ``cache_ver`` the second block is verified against keys the distribution does not have."""
     prompt = (1, 2)
     out = draw(prompt, **{**EXACT, "cache_ver": False}, block_length=3)
     assert not out.lossless
-    assert p_value(out.tokens, law(prompt)) < 1e-12
+    assert p_value(out.tokens, distribution(prompt)) < 1e-12
 
 
-def test_the_law_is_a_law():
-    joint = law((2,))
+def test_the_distribution_sums_to_one():
+    joint = distribution((2,))
     assert sum(joint.values()) == pytest.approx(1.0)
     assert set(joint) == set(itertools.product(range(VOCAB - 1), repeat=TOKENS))

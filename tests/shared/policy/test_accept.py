@@ -81,12 +81,12 @@ def test_residual_by_hand():
 
 
 @given(simplex, simplex)
-def test_accept_or_resample_has_the_target_law(q, p):
+def test_accept_or_resample_has_the_target_distribution(q, p):
     """P(x) = p(x) min(1, q(x)/p(x)) + P(reject) residual(x) = q(x), in closed form."""
     q, p = torch.tensor(q, dtype=torch.float64), torch.tensor(p, dtype=torch.float64)
     kept = p * acceptance_ratio(q, p, 1.0)
-    law = kept + (1 - kept.sum()) * residual(q[None], p[None])[0]
-    assert law.tolist() == pytest.approx(q.tolist(), abs=1e-6)
+    distribution = kept + (1 - kept.sum()) * residual(q[None], p[None])[0]
+    assert distribution.tolist() == pytest.approx(q.tolist(), abs=1e-6)
 
 
 def test_acceptance_ratio_by_hand():
@@ -97,7 +97,7 @@ def test_acceptance_ratio_by_hand():
     assert acceptance_ratio(torch.zeros(1), torch.zeros(1), 1.0).tolist() == [0], "nothing is divided by nothing"
 
 
-Q = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.75, 0.25]])  # the verifier's law of three positions
+Q = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.75, 0.25]])  # the verifier's distribution of three positions
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_verifier_logits_have_the_target_temperature(sampling):
     assert verdict.ratio.item() == pytest.approx(0.5)
 
 
-def test_replacements_at_even_uniforms_have_the_residual_law():
+def test_replacements_at_even_uniforms_have_the_residual_distribution():
     # q - p = (0.1, 0.2, -0.3): residual 1/3, 2/3, 0
     n = 300
     draft = make_draft([[True]] * n, [[2]] * n, [[[0.2, 0.2, 0.6]]] * n)

@@ -133,7 +133,7 @@ def test_inverse_cdf_falls_back_to_the_last_possible_id():
     assert int(inverse_cdf(torch.tensor([0.4, 0.5, 0.0]), torch.tensor(0.95))) == 1
 
 
-def test_draws_at_even_uniforms_have_the_law():
+def test_draws_at_even_uniforms_have_the_distribution():
     probs = torch.tensor([0.05, 0.0, 0.45, 0.3, 0.2])
     n = 1000
     u = (torch.arange(n) + 0.5) / n
@@ -141,17 +141,17 @@ def test_draws_at_even_uniforms_have_the_law():
     assert drawn.tolist() == [50, 0, 450, 300, 200]
 
 
-def test_sampled_frequencies_have_the_filtered_law():
+def test_sampled_frequencies_have_the_filtered_distribution():
     """False alarm odds 1e-4; the seed is fixed."""
     values = [0.3, -1.0, 1.2, 0.9, 0.0]
     u = torch.from_numpy(np.random.default_rng(0).random(20_000))
     ids, confidence = sample(torch.tensor(values).expand(20_000, -1), u, 0.8, 4, 0.95)
-    law = filtered(values, 0.8, 4, 0.95)
-    possible = [i for i, p in enumerate(law) if p]
+    distribution = filtered(values, 0.8, 4, 0.95)
+    possible = [i for i, p in enumerate(distribution) if p]
     seen = ids.bincount(minlength=5)
     assert seen.sum() == seen[possible].sum()
-    assert chisquare(seen[possible].numpy(), [law[i] * 20_000 for i in possible]).pvalue > 1e-4
-    assert confidence.tolist() == pytest.approx([law[i] for i in ids.tolist()], abs=1e-6)
+    assert chisquare(seen[possible].numpy(), [distribution[i] * 20_000 for i in possible]).pvalue > 1e-4
+    assert confidence.tolist() == pytest.approx([distribution[i] for i in ids.tolist()], abs=1e-6)
 
 
 @given(logits)
