@@ -87,6 +87,9 @@ def see_only_what_was_staged(monkeypatch) -> list[Phases]:
     monkeypatch.setattr(Engine, "can_capture", True)
 
     def phases(signature, owners, is_fixed):
+        for owner in owners:
+            unnamed = {name for name, value in vars(owner).items() if isinstance(value, Tensor)} - set(owner.STATE)
+            assert not unnamed, f"phases are not told of {unnamed} of {type(owner).__name__}"
         made.append(Phases(signature, owners, is_fixed, recorder(owners)))
         return made[-1]
 
