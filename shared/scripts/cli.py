@@ -202,6 +202,13 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
     return records, [p[: script.prompt_length] for p in prompts]
 
 
+def question_of(script: ScriptArguments, record: dict) -> str:
+    """The prompt of a problem that came with the checkpoint, ``>`` before each line; empty if the user gave the prompts."""
+    if script.prompt is not None or script.prompt_file is not None:
+        return ""
+    return "".join(f"> {line}\n" for line in record.get("prompt", "").splitlines())
+
+
 def result_of(index: int, record: dict, completion: Completion) -> dict:
     """A finished text as `--output_dir` keeps it: what its prompt's record held, the text and what it cost."""
     own = {"index": index}
@@ -218,14 +225,19 @@ def result_of(index: int, record: dict, completion: Completion) -> dict:
 
 
 class Streamer:
-    """Prints text block by block: what all ids so far decode to, less what has been printed, up to the first stop token."""
+    """Prints text block by block: what all ids so far decode to, less what has been printed, up to the first stop token.
 
-    def __init__(self, tokenizer, stop_ids: Sequence[int], many: bool):
-        self.tokenizer, self.stop_ids, self.many = tokenizer, set(stop_ids), many
+    ``questions``: what goes before the text of each request.
+    """
+
+    def __init__(self, tokenizer, stop_ids: Sequence[int], many: bool, questions: Sequence[str] = ()):
+        self.tokenizer, self.stop_ids, self.many, self.questions = tokenizer, set(stop_ids), many, questions
         self.ids: dict[int, list[int]] = {}
         self.printed: dict[int, str] = {}
 
     def __call__(self, request: int, new_ids: list[int]) -> None:
+        if request not in self.ids and self.questions:
+            print(self.questions[request], end="")
         ids = self.ids.setdefault(request, [])
         if self.stop_ids & set(ids):
             return
@@ -239,11 +251,12 @@ class Streamer:
             print(piece, end="", flush=True)
 
 
-def print_texts(script: ScriptArguments, output: Output, tokenizer) -> None:
-    """Texts (unless streamed), traces if asked for, and the trace file."""
+def print_texts(script: ScriptArguments, output: Output, tokenizer, records: Sequence[dict]) -> None:
+    """Texts of ``records`` (unless streamed), traces if asked for, and the trace file."""
     for completion in output.completions:
         if not script.stream and script.output_dir is None:
-            print(f"=== text {completion.request}\n{completion.text}\n")
+            question = question_of(script, records[completion.request])
+            print(f"=== text {completion.request}\n{question}{completion.text}\n")
         if script.forward_stats:
             print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n")
     if script.trace is not None:
@@ -333,7 +346,7 @@ class Script:
             if world.rank == 0:
                 print("nothing is left to decode")
             return
-        print_texts(script, output, tokenizer)
+        print_texts(script, output, tokenizer, records)
         rows = {"this run": output}
         unasked = script.compare is None and script.prompt is None and script.prompt_file is None and world.size == 1
         if script.compare or unasked:
@@ -376,7 +389,10 @@ class Script:
         if not todo:
             return None
         _, stop_ids = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
-        streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1) if script.stream and world.leads else None
+        questions = [question_of(script, record) for record in records]
+        streamer = None
+        if script.stream and world.leads:
+            streamer = Streamer(tokenizer, stop_ids, script.batch_size > 1, questions)
         bar = tqdm(
             total=len(todo), unit="text", disable=script.stream or len(todo) < 2 or world.rank > 0, file=sys.stderr
         )

@@ -265,6 +265,13 @@ def test_streamer_names_texts_when_there_are_many(capsys):
     assert capsys.readouterr().out == "[0] a\n[3] bc\n[0] d\n"
 
 
+def test_streamer_prints_a_question_once_before_its_text(capsys):
+    stream = Streamer(Bytes(), [], many=False, questions=["> a?\n", "> b?\n"])
+    for request, ids in ((1, [98]), (1, [66]), (0, [97])):
+        stream(request, ids)
+    assert capsys.readouterr().out == "> b?\nbB> a?\na"
+
+
 def test_comparison_table():
     out = Output([completion(0, [5, 6])], 0.5, {"draft": 1}, True, "")
     header, one, two = format_comparison({"this run": out, "other": out}, {"this run": 1}).splitlines()
@@ -310,6 +317,7 @@ def run(checkpoint: Path, *argv: str) -> None:
 def test_script_decodes_the_problems_and_compares(checkpoint, capsys, tmp_path):
     run(checkpoint, "--forward_stats", "--trace", str(tmp_path / "trace.json"))
     out = capsys.readouterr().out
+    assert "=== text 0\n> a b c\n" in out, "the question of a demo stands before its answer"
     for part in ("=== text 0", "=== steps of text 1", "plain diffusion", "block size one (AR)", "0/2", "lossless: no"):
         assert part in out
     traces = json.loads((tmp_path / "trace.json").read_text())
@@ -333,6 +341,7 @@ def test_script_streams_what_it_returns(checkpoint, capsys):
     )
     streamed = capsys.readouterr().out
     assert returned in streamed
+    assert "> " not in streamed, "who gave the prompt need not read it again"
     assert "decoder" in streamed, "the table follows"
 
 
