@@ -1,6 +1,6 @@
-"""The tables of READMEs that are made from code and from recorded results.
+"""The tables of READMEs and the pages beside them that are made from code and from recorded results.
 
-python -m eval.docs                      # make the tables of every README of the repository anew
+python -m eval.docs                      # make the tables of every page of the repository anew
 python -m eval.docs SDAR/README.md       # of these files
 python -m eval.docs --check              # write nothing; say which are stale, with exit code 1 where one is
 
@@ -91,14 +91,14 @@ def refreshed(text: str, root: Path = ROOT) -> str:
 
 
 def readmes() -> list[Path]:
-    """Every README of the repository."""
-    found = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
+    """Every README of the repository, and the other pages beside them."""
+    found = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")]
     return sorted(f for f in found if not f.relative_to(ROOT).parts[0].startswith("."))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="default: every README of the repository")
+    parser.add_argument("files", nargs="*", type=Path, help="default: every page of the repository")
     parser.add_argument("--check", action="store_true", help="write nothing; name the files whose tables are stale")
     args = parser.parse_args(argv)
     stale = []
