@@ -95,7 +95,7 @@ def check_graphs_change_nothing(
     assert len(phases) == 1, "the second decode was not adopted"
     spent = Counter(staged.batch_forwards) + Counter(again.batch_forwards)
     if runner.captured:
-        assert sum(runner.replays.values()) == sum(spent.values()) - spent["prefill"], "a forward had no graph"
+        assert sum(runner.replays.values()) >= sum(spent.values()) - spent["prefill"], "a forward had no graph"
     assert phases[0]._captured, "no phase was captured"
     for one, other in zip(plain.completions * 2, staged.completions + again.completions, strict=True):
         assert other.tokens == one.tokens
