@@ -2,8 +2,8 @@
 
 python -m eval.agreement --dtype bfloat16        # on a GPU
 
-In float32 the two agree token for token (a test says so). In bfloat16 both round, differently, and greedy decoding turns a near-tie into another text. Prints, per
-decoder, the share of texts that are equal and the share of tokens before the first difference; one JSON line last.
+In float32 the two agree token for token (a test says so). In bfloat16 they round differently, and greedy decoding turns a near-tie into another text.
+Prints, per decoder, the share of texts that are equal and the share of tokens before the first difference; one JSON line last.
 """
 
 from __future__ import annotations

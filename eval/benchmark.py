@@ -1,4 +1,4 @@
-"""Speed of a family's forwards and decoders, next to what the machine allows.
+"""Speed of a family's forwards and decoders against the measured limits of the machine.
 
 python -m eval.benchmark                                    # the default family's shipped checkpoint, on what is here
 python -m eval.benchmark --family Fast-dLLM-v2              # that family's shipped checkpoint
@@ -6,10 +6,12 @@ python -m eval.benchmark --shape sdar-8b --accept 5         # random weights of 
 python -m eval.benchmark --shape llada2-mini --decodes false  # forwards alone
 python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"block_length": 16}'
 
-Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes. The floor of a forward is what its bytes or its
-operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; beside it stands the share of the bandwidth in the device's datasheet at which those bytes were read. "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
-nothing, so `--accept N` keeps the first N tokens of every verified span whatever the verifier says; the acceptance rule still runs. A table for people,
-then one JSON line, always last.
+Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes.
+
+The floor of a forward is the time its bytes or its operations take at those rates (`eval.roofline`). Of a mixture of experts, the experts that its
+router chose are counted. Beside the floor stands the datasheet bandwidth: at what share of it the bytes were read. "outside" is the time of a decoding
+step that is not spent in its forwards. Random weights accept nothing, so `--accept N` keeps the first N tokens of every verified span whatever the
+verifier says; the acceptance rule still runs. Prints a table, then one JSON line, always last.
 """
 
 from __future__ import annotations

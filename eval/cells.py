@@ -106,7 +106,7 @@ class Bench:
         return self._baselines[asked.task]
 
     def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
-        """Bins of every acceptance estimator on this process's share, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
+        """Bins of every acceptance estimator on this process's share. A separate pass, without graphs: estimators read the device, which costs time."""
         self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
         self.lm.accept_rule = recorder = calibration.Recorder()
         self.lm.keep(None, resume=False)
@@ -214,11 +214,11 @@ def traced(records: dict[int, dict], baseline: dict[int, list[int]]) -> dict:
     for r in known.values():
         accepted.update(a for _, _, a in r["verified"])
     agreed = [p for d, r in known.items() if d in baseline for p in calibration.of_unverified(r, baseline[d])]
-    judged_ = [p for r in known.values() for p in calibration.of_verified(r)]
+    verified = [p for r in known.values() for p in calibration.of_verified(r)]
     return {
         "accepted": {str(k): accepted[k] for k in sorted(accepted)},
         "calibration": {
-            "accepted": calibration.bins_of(judged_) if judged_ else None,
+            "accepted": calibration.bins_of(verified) if verified else None,
             "as baseline": calibration.bins_of(agreed) if agreed else None,
         },
         "same": sum(r["ids"] == baseline.get(d) for d, r in known.items()) if baseline else None,

@@ -1,10 +1,11 @@
-"""Compares decoders and families on the same problems and writes a report that shows who wins where.
+"""Compares decoders and families on the same problems and writes a report of cost and accuracy.
 
 python -m eval.compare eval/grids/tiny.yaml --confirm_run_unsafe_code        # the shipped SDAR checkpoint: thresholds against S2D2
 python -m eval.compare --run family=SDAR,decoder=standard,block_length=8/16 --run family=SDAR,decoder=ssd_policy,preset=tiny --tasks instructions
 
-A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the same
-command goes on where a killed one stopped. What the machine can do is measured once (``machine.json``), for the least time that a decoder's forwards take. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
+A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the
+same command goes on where a killed one stopped. The machine's read bandwidth and matrix rate are measured once (``machine.json``): they give the least
+time that a decoder's forwards can take. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def machine_in(folder: Path) -> Machine | None:
 
 
 def line_of(cell: dict) -> str:
-    """A cell in one line, for whoever watches."""
+    """A cell in one line, printed as it finishes."""
     count, tokens = len(cell["docs"]), max(1, sum(cell["tokens"]))
     return (
         f"{cell['family']} {cell['task']} {cell['setting']}: {100 * sum(cell['values']) / count:.1f} % of {count}, "

@@ -49,9 +49,9 @@ _NOT_OPTIONS = ("until",)
 class DraftAndVerifyLM(TemplateLM):
     """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
 
-    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``); the checkpoint of another network goes by the
-    key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how it was decoded; with ``resume``
-    those found there are not decoded again.
+    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``). The checkpoint of another network goes by
+    the key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how
+    it was decoded; with ``resume`` those found there are not decoded again.
     """
 
     def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
@@ -350,8 +350,8 @@ class DraftAndVerifyLM(TemplateLM):
         gained = sum(r.get("gained", 0) for r in self.spent)
         return {
             "decoding": {
-                "family": self.family_name, "checkpoints": self.checkpoints, "decoder": self.decoder_name, "dtype": str(self.model.dtype)[6:], "seed": self._seed,
-                "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
+                "family": self.family_name, "checkpoints": self.checkpoints, "decoder": self.decoder_name,
+                "dtype": str(self.model.dtype)[6:], "seed": self._seed, "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
                 "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent), "forwards": dict(forwards),
                 "lane_forwards": {lane: sum(s.forwards for s in kinds.values()) for lane, kinds in lanes.items()},
                 "mean_acceptance_length": gained / verifies if verifies else None,

@@ -15,10 +15,12 @@ _FILES = Path(__file__).parent / "report"
 _HOWS = ("accepted", "resampled", "bonus", "confident", "fallback", "forced", "filled", "next", "ratio", "edited")
 _CAPTIONS = {
     "forwards": "Accuracy against forwards per token; bars are 95 % intervals. Up and to the left is better.",
-    "floor": "Accuracy against the least time a token takes: what the forwards of every lane must read and compute, at what the machine was measured to do. Up and to the left is better.",
+    "floor": "Accuracy against the least time a token takes: the bytes and operations of every model's forwards at the measured rates of the machine. "
+    "Up and to the left is better.",
     "speed": "Accuracy against tokens per second of the whole batch. Up and to the right is better.",
     "accepted": "How many drafted tokens a verify accepts.",
-    "calibration": "Calibration: the confidence of a drafter or an estimator in a token, against how often the verifier accepts it, or how often it is the baseline's token. On the diagonal the confidence is right.",
+    "calibration": "Calibration: the confidence of a drafter or an estimator in a token, against how often the verifier accepts it, or how often it is the "
+    "baseline's token. On the diagonal the confidence is right.",
 }
 
 

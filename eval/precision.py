@@ -3,9 +3,9 @@
 python -m eval.precision --shape sdar-8b       # random weights of a named shape, on a GPU
 python -m eval.precision                       # the default family's shipped checkpoint, on what is here
 
-One prompt is encoded, then the forwards of the family's decoders run on top of it (drafts, verifies): by the plain network in float32 (the weights are those of bfloat16, so only arithmetic
-differs), by the plain network in bfloat16, and by the fast forward in bfloat16 where it can run. The yardstick of the fast forward is the plain network at its own
-precision. Prints mean and largest difference of log-probabilities over all positions and tokens; one JSON line last.
+One prompt is encoded, then the forwards of the family's decoders (drafts, verifies) run on top of it: by the plain network in float32 (the weights are
+those of bfloat16, so only arithmetic differs), by the plain network in bfloat16, and by the fast forward in bfloat16 where it can run. The fast forward
+is compared with the plain network at its own precision. Prints mean and largest difference of log-probabilities; one JSON line last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From measured cells to what people read: rows, who wins where, CSV, and the tables of READMEs."""
+"""From measured cells to rows, the cheapest settings at equal accuracy, CSV, and the tables of READMEs."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from shared.network import masks
 class Forward:
     """A forward of rows of ``tokens`` each under ``mask [tokens, width]``, with logits at the positions ``picks`` (None: all).
 
-    ``positions``: where each token stands behind the prefix and the offset (None: one after the other). ``commit_rows``: it also commits the last block of every row. ``offset`` and ``width`` place it in a window that is not plain.
+    ``positions``: of each token, behind the prefix and the offset (None: one after the other). ``commit_rows``: the forward also commits the last block of
+    every row. ``offset`` and ``width`` place it in a window that is not plain.
     """
 
     name: str
