@@ -29,4 +29,3 @@ class Fast_dLLM_QwenForCausalLM(DecoderModel):
     @staticmethod
     def switches(config: Fast_dLLM_QwenConfig) -> Switches:
         return Switches(qkv_bias=True)
-

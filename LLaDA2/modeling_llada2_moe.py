@@ -148,4 +148,3 @@ class LLaDA2MoeModelLM(DecoderModel):
 
     def layer(self, config: LLaDA2MoeConfig, number: int) -> LLaDA2MoeDecoderLayer:
         return LLaDA2MoeDecoderLayer(config, number)
-

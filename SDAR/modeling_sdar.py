@@ -20,4 +20,3 @@ class SDARForCausalLM(DecoderModel):
     def switches(config: SDARConfig) -> Switches:
         bias = config.attention_bias
         return Switches(qk_norm=True, qkv_bias=bias, out_bias=bias, norm=Float32RMSNorm)
-

@@ -61,8 +61,9 @@ def filled(model, lengths=(70, 0, 33), slots=256):
 
 def run(fast: FastForward, ids, positions, window: Window, mask=None, **how):
     """A fast forward in ``window``."""
-    moved = {} if window.plain else {"offsets": window.offset, "width": window.width}
-    return fast(ids, positions, window.cache, window.row_index, window.prefix, mask, **moved, **how)
+    where = window.where
+    moved = {"offsets": where.offset, "width": where.width, "write_rows": where.write_rows}
+    return fast(ids, positions, window.cache, where.rows, window.prefix, mask, **moved, **how)
 
 
 def matches_the_plain_forward(model, name: str, tolerance: float, picks=(None, slice(2, 5), "some")):
@@ -132,8 +133,8 @@ def entries_that_only_write_are_seen(model, tokens: int):
     window = cache.window(tokens, [2, 1, 1], ahead=[0, tokens, 0])
     mask = torch.stack([torch.ones(tokens, tokens, dtype=torch.bool)] * 2 + [token_causal(tokens)]).to(DEVICE)
     got = run(fast, ids, positions, window, mask, logit_rows=2)
-    fast(ids[2:], positions[2:], cache, window.row_index[2:], window.prefix[2:], mask[2:])
-    want = fast(ids[:2], positions[:2], cache, window.row_index[:2], window.prefix[:2])
+    fast(ids[2:], positions[2:], cache, window.where.rows[2:], window.prefix[2:], mask[2:])
+    want = fast(ids[:2], positions[:2], cache, window.where.rows[:2], window.prefix[:2])
     assert got.shape == want.shape
     assert error(got, want) <= 1e-5
     assert error(model(ids, positions, window, mask, logit_rows=2), want) <= 1e-5
@@ -164,7 +165,7 @@ def branches_share_a_prefix(model, name: str):
     got = run(fast_forward_of(model, required=True), ids, positions, window, mask, write_rows=write_rows, logit_rows=2)
     want = model(ids, positions, copied.window(tokens, writes, **moved), mask, logit_rows=2)
     assert error(got, want) <= 1e-5
-    for write, first in zip(writes, (window.prefix + window.offset).tolist(), strict=True):
+    for write, first in zip(writes, (window.prefix + window.where.offset).tolist(), strict=True):
         written = slice(first, first + tokens)
         for store, twin, before in ((cache.keys, copied.keys, keys), (cache.values, copied.values, values)):
             assert error(store[:, write, :, written], twin[:, write, :, written]) <= 1e-5
@@ -206,16 +207,23 @@ REPLAYS = [
     ([2, 0], 16, 5, {}),
     ([0, 1, 2], 8, 8, {"offset": [0, 8, 4], "width": 16}),
     ([2], 8, 9, {"offset": 16}),
+    ([0, 0, 1], 8, 0, {"write_rows": [1, 2, 0]}),
 ]
 
 
 def replays_equal_eager(model):
     """Captured shapes repeat the eager forward bit for bit, logits and cache."""
     kinds = [
-        Shape(1, tokens, picks=picks, width=(moved.get("width") or moved["offset"] + tokens) if moved else 0)
+        Shape(
+            1,
+            tokens,
+            picks,
+            width=moved.get("width") or moved.get("offset", -tokens) + tokens,
+            branches="write_rows" in moved,
+        )
         for _, tokens, picks, moved in REPLAYS
     ]
-    engine = Engine(model, 3, 256, 16, Runtime(graphs=True), kinds)
+    engine = Engine(model, 3, 256, kinds, Runtime(graphs=True))
     assert not engine.cache.keys.any(), "capturing writes nothing"
     engine.cache.keys.normal_()
     engine.cache.values.normal_()
@@ -231,8 +239,8 @@ def replays_equal_eager(model):
             engine.cache.keys.copy_(keys)
             seen.append(engine.forward(ids, positions, window, mask, logits_at=at).clone())
             seen.append(engine.cache.keys.clone())
-        width = 0 if window.plain else window.width
-        assert Shape(len(rows), tokens, picks=picks, width=width) in runner.captured
+        branches = "write_rows" in moved
+        assert runner.replays[Shape(len(rows), tokens, picks, width=window.where.width, branches=branches)] == 1
         assert torch.equal(seen[2], seen[0])
         assert torch.equal(seen[3], seen[1])
 

@@ -8,7 +8,7 @@ whose network differs subclasses it and names the subclass in its model's ``fast
     fast = fast_forward_of(model, required=True)
     cache = model.new_cache(rows=4, slots=2048)
     window = cache.window(16, rows=[0, 2])
-    logits = fast(input_ids, position_ids, cache, window.row_index, window.prefix, local_mask)      # nothing is committed
+    logits = fast(input_ids, position_ids, cache, window.where.rows, window.prefix, local_mask)      # nothing is committed
 """
 
 from __future__ import annotations

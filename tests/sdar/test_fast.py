@@ -7,7 +7,7 @@ import torch
 
 from sdar import SDARConfig, SDARForCausalLM
 from shared.gpu.fast import fast_forward_of
-from shared.gpu.graphs import GraphRunner, Shape
+from shared.gpu.graphs import GraphRunner, Shape, inputs_of
 from shared.network.masks import two_copy_verify
 from tests import fast_checks as checks
 from tests.fast_checks import DEVICE, error, needs_gpu, needs_kernels
@@ -76,10 +76,8 @@ def test_graphs_with_padding_and_entries_that_only_write_stay_near(dtype):
     model = _model(dtype)
     fast, cache = fast_forward_of(model, required=True), checks.filled(model, [20, 40, 60])
 
-    def forward(input_ids, position_ids, rows, prefixes, local_mask, logits_at, logit_rows):
-        return fast(
-            input_ids, position_ids, cache, rows, prefixes, local_mask, logit_rows=logit_rows, logits_at=logits_at
-        )
+    def forward(**given):
+        return fast(cache=cache, **given)
 
     runner = GraphRunner(forward, DEVICE)
     runner.capture([Shape(1, 16), Shape(2, 16), Shape(2, 32, picks=16), Shape(8, 16), Shape(4, 16, commit_rows=4)])
@@ -93,9 +91,9 @@ def test_graphs_with_padding_and_entries_that_only_write_stay_near(dtype):
             tokens, rows, ahead=[0] * (b - commit_rows - 1) + [tokens if commit_rows else 0] + [0] * commit_rows
         )
         mask = two_copy_verify(tokens // 2, DEVICE).expand(b, -1, -1)
-        given = (ids, positions, window.row_index, window.prefix, mask, at, b - commit_rows)
-        eager = forward(*given).clone()
-        graph = runner(*given)
+        given = inputs_of(ids, positions, window.where, cache.length, mask, at)
+        eager = forward(**given, logit_rows=b - commit_rows).clone()
+        graph = runner(given, logit_rows=b - commit_rows)
         assert graph.shape == eager.shape
         assert error(graph, eager) <= (1e-5 if dtype == torch.float32 else 3e-2)
 
