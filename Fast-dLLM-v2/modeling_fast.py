@@ -134,12 +134,6 @@ class Fast_dLLM_QwenForCausalLM(CheckpointModel):
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
 
-    def fast(self, *, required: bool = False):
-        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from fast_dllm_v2.fast import FastFastdLLM
-
-        return FastFastdLLM.of(self, required)
-
     def forward(
         self,
         input_ids: Tensor,

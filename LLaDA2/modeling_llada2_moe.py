@@ -177,6 +177,7 @@ class LLaDA2MoeModelLM(CheckpointModel):
     """The network with its head. ``LLaDA2MoeModelLM.from_pretrained(path_or_hub_id)`` loads a released checkpoint."""
 
     config_class = LLaDA2MoeConfig
+    fast_class = "llada2.fast:FastLLaDA2"
     divides = False
 
     def __init__(self, config: LLaDA2MoeConfig):
@@ -208,12 +209,6 @@ class LLaDA2MoeModelLM(CheckpointModel):
         return BlockCache(
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
-
-    def fast(self, *, required: bool = False):
-        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from llada2.fast import FastLLaDA2
-
-        return FastLLaDA2.of(self, required)
 
     def forward(
         self,

@@ -133,12 +133,6 @@ class SDARForCausalLM(CheckpointModel):
             c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim, dtype=self.dtype, device=self.device
         )
 
-    def fast(self, *, required: bool = False):
-        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from sdar.fast import FastSDAR
-
-        return FastSDAR.of(self, required)
-
     def forward(
         self,
         input_ids: Tensor,

@@ -15,6 +15,7 @@ from pathlib import Path
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
 from shared.errors import run_main
+from shared.gpu.fast import fast_forward_of
 from shared.network.loading import load_tokenizer, resolve_device
 from shared.scripts.prompts import encode_prompt, read_prompt_file
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args(argv)
     model = SDARForCausalLM.from_pretrained(args.model, dtype=args.dtype, device=resolve_device(args.device))
-    model.fast(required=True)
+    fast_forward_of(model, required=True)
     tokenizer = load_tokenizer(args.model)
     files = sorted((Path(__file__).parent / "tasks").glob("*.jsonl"))
     records = [record for file in files for record in read_prompt_file(file)[: args.problems]]

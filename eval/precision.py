@@ -24,6 +24,7 @@ from eval.subjects import SHAPES, random_model
 from sdar import SDARForCausalLM
 from shared.errors import run_main
 from shared.gpu.engine import Engine
+from shared.gpu.fast import fast_forward_of
 from shared.network import masks
 from shared.network.loading import resolve_device
 from shared.options import Runtime
@@ -59,7 +60,7 @@ def differences(model, context: int, length: int) -> dict[str, dict[str, float]]
     wide = copy.deepcopy(model).float()
     want = log_probabilities(wide, plain, context, length)
     del wide
-    ways = {"plain": plain} | ({"fast": Runtime()} if model.fast() is not None else {})
+    ways = {"plain": plain} | ({"fast": Runtime()} if fast_forward_of(model) is not None else {})
     rows = {}
     for name, runtime in ways.items():
         away = (log_probabilities(model, runtime, context, length) - want).abs()

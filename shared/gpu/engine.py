@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
+from shared.gpu.fast import fast_forward_of
 from shared.gpu.graphs import GraphRunner, Shape, sizes
 from shared.gpu.phases import Phases, call
 from shared.network.kv_cache import BlockCache, Window
@@ -48,7 +49,7 @@ class Staged:
 class Engine:
     """A model, its cache of ``rows`` times ``slots``, and the way its forwards run.
 
-    The model offers ``new_cache(rows, slots)`` and ``fast()``, which is its fast forward (``current()``: made from the weights as they are) or None. ``kinds``: the forwards of one row that are worth a graph; without
+    The model offers ``new_cache(rows, slots)`` and names its ``fast_class``. ``kinds``: the forwards of one row that are worth a graph; without
     them the shapes follow from ``block_length``.
     """
 
@@ -57,7 +58,7 @@ class Engine:
     ):
         self.model, self.block_length, self.runtime, self.kinds = model, block_length, runtime, kinds
         self.cache: BlockCache = model.new_cache(rows, slots)
-        self.fast = None if runtime.fast is False else model.fast(required=bool(runtime.fast))
+        self.fast = None if runtime.fast is False else fast_forward_of(model, required=bool(runtime.fast))
         if runtime.graphs and (self.fast is None or model.device.type != "cuda"):
             raise UserError("graphs is True. Allowed: false or none here; CUDA graphs are of the fast forward on a GPU")
         self.runner = None

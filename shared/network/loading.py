@@ -158,6 +158,8 @@ class CheckpointModel(nn.Module):
     divides: bool = True
     config: object
     folder: Path | None = None  # where it was loaded from
+    fast_class: str = "shared.gpu.fast:FastForward"  # "module:Class" that runs it on a GPU
+    last_fast: object | None = None  # kept by `shared.gpu.fast.fast_forward_of`
 
     @property
     def device(self) -> torch.device:
