@@ -15,6 +15,7 @@ from shared.gpu.engine import Engine
 from shared.gpu.fast import FastForward, fast_forward_of
 from shared.gpu.graphs import Shape
 from shared.gpu.launch import available
+from shared.network.features import Features
 from shared.network.kv_cache import Window
 from shared.network.masks import block_causal, token_causal, two_copy_verify
 from shared.options import Runtime
@@ -161,11 +162,13 @@ def branches_share_a_prefix(model, name: str):
         for read, write, prefix in zip(reads, writes, prefixes, strict=True):
             twin[:, write, :, :prefix] = store[:, read, :, :prefix]
     ids, positions = (torch.randint(high, (3, tokens), device=DEVICE) for high in (VOCABULARY, 500))
-    window, write_rows = cache.window(tokens, reads, **moved), torch.tensor(writes, device=DEVICE)
-    got = run(fast_forward_of(model, required=True), ids, positions, window, mask, write_rows=write_rows, logit_rows=2)
+    window = cache.window(tokens, reads, write_rows=writes, **moved)
+    got = run(fast_forward_of(model, required=True), ids, positions, window, mask, logit_rows=2)
     want = model(ids, positions, copied.window(tokens, writes, **moved), mask, logit_rows=2)
     assert error(got, want) <= 1e-5
-    for write, first in zip(writes, (window.prefix + window.where.offset).tolist(), strict=True):
+    for write, first in zip(
+        writes, (window.prefix + (0 if window.plain else window.where.offset)).tolist(), strict=True
+    ):
         written = slice(first, first + tokens)
         for store, twin, before in ((cache.keys, copied.keys, keys), (cache.values, copied.values, values)):
             assert error(store[:, write, :, written], twin[:, write, :, written]) <= 1e-5
@@ -174,31 +177,20 @@ def branches_share_a_prefix(model, name: str):
     assert torch.equal(cache.values, values)
 
 
-class Sink:
-    """Keeps the outputs of the last layers of a forward."""
-
-    def start(self, layer_count: int):
-        self.layer_count, self.kept = layer_count, {}
-
-    def take(self, layer: int, x: torch.Tensor):
-        self.kept[layer] = x.clone()
-
-
 def features_are_the_outputs_of_layers(model, tokens: int):
     """Of every entry, whatever gets logits."""
-    cache, plain, sink = filled(model), [], Sink()
+    cache, plain = filled(model), []
     ids, positions = (torch.randint(high, (2, tokens), device=DEVICE) for high in (VOCABULARY, 500))
     window = cache.window(tokens, [2, 0])
     hooks = [layer.register_forward_hook(lambda *call: plain.append(call[-1])) for layer in model.model.layers]
     model(ids, positions, window)
     for hook in hooks:
         hook.remove()
+    sink = Features(range(len(plain)))
     run(fast_forward_of(model, required=True), ids, positions, window, logit_rows=1, features=sink)
-    assert sink.layer_count == len(plain)
-    assert list(sink.kept) == list(range(len(plain)))
     for layer, want in enumerate(plain):
-        assert sink.kept[layer].shape == want.shape
-        assert error(sink.kept[layer], want) <= 1e-5, f"layer {layer}"
+        assert sink.of(layer).shape == want.shape
+        assert error(sink.of(layer), want) <= 1e-5, f"layer {layer}"
 
 
 # (rows, tokens, picks, how the window is moved): each of these is captured at 1, 2 and 3 rows.
@@ -209,6 +201,7 @@ REPLAYS = [
     ([2], 8, 9, {"offset": 16}),
     ([0, 0], 8, 0, {"write_rows": [1, 2]}),
 ]
+WITH_FEATURES = Shape(1, 12, features=(1, 0))
 
 
 def replays_equal_eager(model):
@@ -223,7 +216,7 @@ def replays_equal_eager(model):
         )
         for _, tokens, picks, moved in REPLAYS
     ]
-    engine = Engine(model, 3, 256, kinds, Runtime(graphs=True))
+    engine = Engine(model, 3, 256, [*kinds, WITH_FEATURES], Runtime(graphs=True))
     assert not engine.cache.keys.any(), "capturing writes nothing"
     engine.cache.keys.normal_()
     engine.cache.values.normal_()
@@ -243,6 +236,12 @@ def replays_equal_eager(model):
         assert runner.replays[Shape(len(rows), tokens, picks, width=window.where.width, branches=branches)] == 1
         assert torch.equal(seen[2], seen[0])
         assert torch.equal(seen[3], seen[1])
+    ids, positions = (torch.randint(high, (2, WITH_FEATURES.tokens), device=DEVICE) for high in (VOCABULARY, 500))
+    sinks = []
+    for engine.runner in (None, runner):
+        sinks.append(Features(WITH_FEATURES.features))
+        engine.forward(ids, positions, engine.cache.window(WITH_FEATURES.tokens, [2, 0]), None, features=sinks[-1])
+    assert torch.equal(sinks[1].hidden, sinks[0].hidden)
 
 
 def weights_are_held_once(model):

@@ -29,6 +29,7 @@ from shared.gpu.launch import SMALL_BATCH_TOKENS, Workspace, available, overlapp
 from shared.gpu.matmul import Plan, small_batch_matmul, small_batch_plan
 from shared.gpu.norm import Norm, add_rms_norm, embed, silu_mul
 from shared.gpu.rope import Heads, LayerWindow, QKNorm, rope_write
+from shared.network.features import Features
 from shared.network.kv_cache import BlockCache
 from shared.network.loading import CheckpointModel
 
@@ -107,16 +108,6 @@ def norm_weight(norm: nn.Module | None) -> Tensor | None:
     return None if norm is None else norm.weight
 
 
-class FeatureSink(Protocol):
-    """Takes the outputs of chosen layers, as `shared.network.features` does for the plain forward."""
-
-    def start(self, layer_count: int) -> None:
-        """A forward through ``layer_count`` layers begins."""
-
-    def take(self, layer: int, x: Tensor) -> None:
-        """Called after every layer with the residual stream ``x [b, T, H]``, which the next layer changes in place: what is kept has to be copied."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Call:
     """The arguments of one forward, as both ways need them."""
@@ -127,7 +118,7 @@ class _Call:
     mask: Tensor | None
     logits_at: Tensor | None
     logit_rows: int
-    features: FeatureSink | None
+    features: Features | None
 
     @property
     def logit_count(self) -> int:
@@ -221,7 +212,7 @@ class FastForward:
         offsets: Tensor | None = None,
         width: int = 0,
         write_rows: Tensor | None = None,
-        features: FeatureSink | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         """Logits ``[logit_rows, T, V]`` (or ``[logit_rows, P, V]``) of ``input_ids [b, T]`` at ``position_ids [b, T]``.
 
