@@ -29,9 +29,3 @@ class Fast_dLLM_QwenForCausalLM(DecoderModel):
     @staticmethod
     def switches(config: Fast_dLLM_QwenConfig) -> Switches:
         return Switches(qkv_bias=True)
-
-    def fast(self, *, required: bool = False):
-        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from fast_dllm_v2.fast import FastFastdLLM
-
-        return FastFastdLLM.of(self, required)

@@ -77,7 +77,7 @@ FAMILY = Family(
             }
         }
     },
-    timed={"model": Timed("shared.network.timed:two_copy_forwards")},
+    timed={"model": Timed("shared.network.timed:two_copy_forwards", "shared.decode.spans:two_copy_kinds")},
     trains={
         "model": Training(
             "train.editing:objective",

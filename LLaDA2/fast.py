@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from llada2.modeling_llada2_moe import LLaDA2MoeMLP, LLaDA2MoeSparseMoeBlock
 from shared.gpu import experts as moe
-from shared.gpu import triton_ops as ops
-from shared.gpu.fast import FastForward, GatedMLP, Layer
+from shared.gpu.fast import FastForward, GatedMLP, Layer, norm_weight
+from shared.gpu.rope import QKNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +37,23 @@ class Experts:
             None if block.shared_experts is None else GatedMLP.of(block.shared_experts),
         )
 
-    def narrow(self, fast: FastForward, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
+    def small_batch(self, fast: FastForward, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
         work, scores = fast.work, normed.new_empty(len(x), len(self.weight), dtype=torch.float32)
         fast.product(normed, self.weight, scores, scale_eps=fast.eps)
         unscaled = moe.Unscaled(work.squares, work.square_parts, x.shape[1], fast.eps)
         parts, weights = self.routed(fast, normed, scores, unscaled)
         shared = None
         if self.shared is not None:
-            shared = fast.product(self.shared.inner_narrow(fast, normed), self.shared.down, torch.empty_like(x))
+            shared = fast.product(self.shared.inner_small_batch(fast, normed), self.shared.down, torch.empty_like(x))
         work.square_parts = 1
         return moe.combine(parts, weights, shared, x, after, squares=work.squares, overlap=fast.overlap)
 
-    def wide(self, fast: FastForward, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
+    def large_batch(self, fast: FastForward, x: Tensor, normed: Tensor, after: Tensor) -> Tensor:
         scores = F.linear(normed.float(), self.weight.float())
         parts, weights = self.routed(fast, normed, scores, None)
         shared = None
         if self.shared is not None:
-            shared = F.linear(self.shared.inner_wide(fast, normed), self.shared.down)
+            shared = F.linear(self.shared.inner_large_batch(fast, normed), self.shared.down)
         return moe.combine(parts, weights, shared, x, after, eps=fast.eps, overlap=fast.overlap)
 
     def routed(self, fast: FastForward, normed: Tensor, scores: Tensor, unscaled: moe.Unscaled | None):
@@ -70,8 +70,6 @@ class Experts:
 class FastLLaDA2(FastForward):
     """See `FastForward`: one projection for queries, keys and values, rotation of a part of each head, experts."""
 
-    family = "LLaDA2"
-
     @staticmethod
     def refuses(config) -> str | None:
         width = int(config.head_dim * config.partial_rotary_factor)
@@ -87,13 +85,13 @@ class FastLLaDA2(FastForward):
 
     def layer(self, block: nn.Module, cos_sin: list[Tensor], after: Tensor) -> Layer:
         attention = block.attention
-        norms = (attention.query_layernorm, attention.key_layernorm)
+        qk_norms = [norm_weight(norm) for norm in (attention.query_layernorm, attention.key_layernorm)]
         return Layer(
             qkv=attention.query_key_value.weight,
             qkv_bias=attention.query_key_value.bias,
             out=attention.dense.weight,
             out_bias=attention.dense.bias,
-            qk_norm=ops.QKNorm(*(n if n is None else n.weight for n in norms), *cos_sin, self.eps),
+            qk_norm=QKNorm(*qk_norms, *cos_sin, self.eps),
             between=block.post_attention_layernorm.weight,
             mlp=GatedMLP.of(block.mlp) if isinstance(block.mlp, LLaDA2MoeMLP) else Experts.of(block.mlp),
             after=after,

@@ -141,15 +141,10 @@ class LLaDA2MoeModelLM(DecoderModel):
     """The network with its head. ``LLaDA2MoeModelLM.from_pretrained(path_or_hub_id)`` loads a released checkpoint."""
 
     config_class = LLaDA2MoeConfig
+    fast_class = "llada2.fast:FastLLaDA2"
     divides = False
     family_mask, family_stop = 156895, (156892,)
     embedding_name = "word_embeddings"
 
     def layer(self, config: LLaDA2MoeConfig, number: int) -> LLaDA2MoeDecoderLayer:
         return LLaDA2MoeDecoderLayer(config, number)
-
-    def fast(self, *, required: bool = False):
-        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from llada2.fast import FastLLaDA2
-
-        return FastLLaDA2.of(self, required)

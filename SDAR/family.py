@@ -55,7 +55,7 @@ FAMILY = Family(
             }
         },
     },
-    timed={"model": Timed("shared.network.timed:two_copy_forwards")},
+    timed={"model": Timed("shared.network.timed:two_copy_forwards", "shared.decode.spans:two_copy_kinds")},
     trains={
         "model": Training(
             "train.block_diffusion:objective", "block diffusion", config={"rope_theta": 1e4, "block_size": 16}

@@ -20,9 +20,3 @@ class SDARForCausalLM(DecoderModel):
     def switches(config: SDARConfig) -> Switches:
         bias = config.attention_bias
         return Switches(qk_norm=True, qkv_bias=bias, out_bias=bias, norm=Float32RMSNorm)
-
-    def fast(self, *, required: bool = False):
-        """The GPU forward over this model's weights, made once; None where it cannot run (`UserError` with the reason if ``required``)."""
-        from sdar.fast import FastSDAR
-
-        return FastSDAR.of(self, required)

@@ -2,8 +2,8 @@
 
 python -m eval.agreement --dtype bfloat16        # on a GPU
 
-In float32 the two agree token for token (a test says so). In bfloat16 both round, differently, and greedy decoding turns a near-tie into another text. Prints, per
-decoder, the share of texts that are equal and the share of tokens before the first difference; one JSON line last.
+In float32 the two agree token for token (a test says so). In bfloat16 they round differently, and greedy decoding turns a near-tie into another text.
+Prints, per decoder, the share of texts that are equal and the share of tokens before the first difference; one JSON line last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from eval.shapes import family_of
 from shared.errors import run_main
 from shared.family import FAMILIES, Family
+from shared.gpu.fast import fast_forward_of
 from shared.network.loading import load_tokenizer, resolve_device
 from shared.scripts.models import checkpoints_of, load_models, other_models
 from shared.scripts.prompts import encode_prompt, read_prompt_file
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     source = args.model or f"{family.name}/{next(iter(family.shipped))}"
     models = load_models(family, checkpoints_of(family, source), dtype=args.dtype, device=resolve_device(args.device))
     for model in models.values():
-        model.fast(required=True)
+        fast_forward_of(model, required=True)
     tokenizer = load_tokenizer(models[family.first].folder)
     files = sorted((Path(__file__).parent / "tasks").glob("*.jsonl"))
     records = [record for file in files for record in read_prompt_file(file)[: args.problems]]

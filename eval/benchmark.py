@@ -1,4 +1,4 @@
-"""Speed of a family's forwards and decoders, next to what the machine allows.
+"""Speed of a family's forwards and decoders against the measured limits of the machine.
 
 python -m eval.benchmark                                    # the default family's shipped checkpoint, on what is here
 python -m eval.benchmark --family Fast-dLLM-v2              # that family's shipped checkpoint
@@ -6,10 +6,12 @@ python -m eval.benchmark --shape sdar-8b --accept 5         # random weights of 
 python -m eval.benchmark --shape llada2-mini --decodes false  # forwards alone
 python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"block_length": 16}'
 
-Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes. The floor of a forward is what its bytes or its
-operations take at those rates (`eval.roofline`), of a mixture of experts those of the experts its router really chose; beside it stands the share of the bandwidth in the device's datasheet at which those bytes were read. "outside" is the time of a decoding step that is not spent in its forwards. Random weights accept
-nothing, so `--accept N` keeps the first N tokens of every verified span whatever the verifier says; the acceptance rule still runs. A table for people,
-then one JSON line, always last.
+Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes.
+
+The floor of a forward is the time its bytes or its operations take at those rates (`eval.roofline`). Of a mixture of experts, the experts that its
+router chose are counted. Beside the floor stands the datasheet bandwidth: at what share of it the bytes were read. "outside" is the time of a decoding
+step that is not spent in its forwards. Random weights accept nothing, so `--accept N` keeps the first N tokens of every verified span whatever the
+verifier says; the acceptance rule still runs. Prints a table, then one JSON line, always last.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from eval.hf_style import HFStyle
-from eval.roofline import Machine, Touched, Work, expert_layers, expert_sizes, forward_work, timed, touched_experts
+from eval.roofline import Machine, Touched, forward_work, timed, touched_experts
 from eval.shapes import family_of, random_models, shapes
 from shared.errors import UserError, run_main
 from shared.family import FAMILIES, DecoderSetting, Family, imported
@@ -35,9 +37,10 @@ from shared.gpu.engine import Engine
 from shared.gpu.graphs import GraphRunner
 from shared.network import masks
 from shared.network.loading import CheckpointModel, resolve_device, resolve_dtype
+from shared.network.sizes import sizes_of
 from shared.network.timed import Forward
 from shared.options import Runtime
-from shared.output import Output
+from shared.output import Output, Work
 from shared.policy.accept import Verdict, accept_span
 from shared.scripts.models import checkpoints_of, load_models, other_models
 
@@ -71,7 +74,7 @@ class Forwards:
         ahead = [tokens] * rows + [0] * rows if kind.commit_rows else None
         window = cache.window(tokens, index, ahead=ahead, offset=kind.offset, width=kind.width)
         inputs = [torch.randint(vocabulary(self.model), (len(index), tokens), device=device) for _ in range(8)]
-        positions = (window.prefix[:, None] + kind.offset + torch.arange(tokens, device=device)).clamp(
+        positions = (window.prefix[:, None] + kind.offset + kind.place(device)).clamp(
             max=self.model.config.max_position_embeddings - 1
         )
         at = None if kind.picks is None else torch.tensor(list(kind.picks), device=device).expand(rows, -1)
@@ -110,7 +113,7 @@ class Forwards:
         self.rows[-1]["share_of_matrix_rate"] = round(work.operations / seconds / self.machine.rate, 3)
 
     def add(self, name: str, seconds: float, work: Work, touched: Touched) -> None:
-        name, ms, least = self.prefix + name, 1e3 * seconds, 1e3 * work.floor(self.machine)
+        name, ms, least = self.prefix + name, 1e3 * seconds, 1e3 * self.machine.floor(work)
         line = {"forward": name, "ms": round(ms, 3), "floor_ms": round(least, 3), "over_floor": round(ms / least, 2)}
         share = self.machine.of_datasheet(work.read_bytes / seconds)
         line |= {"read_bytes": round(work.read_bytes), "of_datasheet": None if share is None else round(share, 3)}
@@ -118,9 +121,9 @@ class Forwards:
         shown = "" if share is None else f"   {100 * share:5.1f} % of the datasheet bandwidth"
         print(f"{name:48s} {ms:9.3f} ms   floor {least:8.3f}   {ms / least:5.2f} x{shown}", flush=True)
         if touched.experts:
-            layers = len(expert_layers(self.model))
-            read = touched.experts * expert_sizes(self.model)[1] * self.model.lm_head.weight.element_size()
-            line |= {"experts_a_layer": round(touched.experts / layers, 1), "expert_bytes": round(read)}
+            sizes = sizes_of(self.model)
+            read = touched.experts * sizes.expert * sizes.number_bytes
+            line |= {"experts_a_layer": round(touched.experts / sizes.expert_layers, 1), "expert_bytes": round(read)}
             rest = line["read_bytes"] - read
             print(
                 f"{'':8s}{line['experts_a_layer']} experts a layer: {read / 1e6:.1f} MB; the rest: {rest / 1e6:.1f} MB"
@@ -143,12 +146,24 @@ def seconds_in_graphs(runner: GraphRunner, replays: Counter, device) -> float:
     return sum(count * seconds[shape] for shape, count in replays.items())
 
 
-def measure_decode(name: str, decode: TimedDecoder, model, rows: int, args, draft: float, verify: float) -> dict:
+def seconds_by_kind(output: Output, times: dict, rows: int) -> float:
+    """What the forwards of a decode took, by the time of one of its kind in its lane at batch ``rows``; a commit takes as long as a draft where
+    it was not timed."""
+    seconds = 0.0
+    for lane, kinds in output.batch.items():
+        for kind in kinds.keys() - {"prefill"}:
+            one = times.get((lane, rows, kind), times.get((lane, rows, "draft"), 0.0))
+            seconds += kinds[kind].forwards * one
+    return seconds
+
+
+def measure_decode(name: str, decode: TimedDecoder, models: dict, rows: int, args, times: dict) -> dict:
     """One decode of ``rows`` prompts at once, after one to warm up.
 
-    The time outside forwards is that of the decode less its forwards, each by its shape; without graphs by ``draft`` and ``verify``, seconds of those
-    forwards at this batch size.
+    The time outside forwards is that of the decode less its forwards, each by its shape; without graphs by ``times``, seconds by (role, rows, name of
+    the forward).
     """
+    model = next(iter(models.values()))
     prompts = prompts_of(model, rows, args.context)
     call = {"block_length": args.block_length, "max_new_tokens": args.new_tokens, "stopping_criteria_idx": ()}
     runtime = {"fast": args.fast, "graphs": args.graphs}
@@ -157,31 +172,32 @@ def measure_decode(name: str, decode: TimedDecoder, model, rows: int, args, draf
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    runner = getattr(model.engine, "runner", None)
-    before = Counter(runner.replays) if runner else None
+    engines = [m.engine for m in models.values() if m.engine is not None]
+    runners = {e.runner: Counter(e.runner.replays) for e in engines if e.runner is not None}
     output = decode(model, prompts, **call, **runtime)
-    spent, steps = output.batch_forwards, output.batch_forwards["draft"]
+    spent = output.batch_forwards
+    steps = spent.get("draft") or spent.get("verify") or 1
     forwards = sum(spent.values()) - spent.get("prefill", 0)
-    if runner:
-        inside = seconds_in_graphs(runner, runner.replays - before, model.device)
+    if runners:
+        inside = sum(seconds_in_graphs(r, r.replays - before, model.device) for r, before in runners.items())
     else:
-        inside = (steps + spent.get("commit", 0)) * draft + spent.get("verify", 0) * verify
+        inside = seconds_by_kind(output, times, rows)
     decoding = output.seconds - output.prefill_seconds
     line = {
         "decode": name,
         "rows": rows,
         "tokens_per_second": round(output.tokens_per_second, 1),
         "forwards_per_token": round(output.forwards_per_token, 4),
+        "lane_forwards_per_token": {lane: round(n, 4) for lane, n in output.lane_forwards_per_token.items()},
         "ms_per_forward_in_loop": round(1e3 * decoding / forwards, 3),
         "ms_per_step_outside_forwards": round(1e3 * (decoding - inside) / steps, 3),
         "prefill_ms": round(1e3 * output.prefill_seconds, 2),
         "batch_forwards": spent,
     }
     if model.device.type == "cuda":
-        held = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
-        engine = model.engine
-        cache = engine.cache.nbytes if engine else 0
-        line["peak_memory_over_weights_and_cache"] = round(torch.cuda.max_memory_reserved() / (held + cache), 3)
+        parameters = {p.data_ptr(): p for m in models.values() for p in m.parameters()}
+        held = sum(p.nbytes for p in parameters.values()) + sum(e.cache.nbytes for e in engines)
+        line["peak_memory_over_weights_and_cache"] = round(torch.cuda.max_memory_reserved() / held, 3)
     print(
         f"{name:40s} batch {rows:3d}  {line['tokens_per_second']:9.1f} tokens/s  {line['forwards_per_token']:.3f} forwards/token  "
         f"{line['ms_per_forward_in_loop']:7.3f} ms/forward  {line['ms_per_step_outside_forwards']:6.3f} ms/step outside",
@@ -228,7 +244,7 @@ def profile(decode: TimedDecoder, model, args, path: str) -> None:
     }
     with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
         output = decode(model, prompts_of(model, 1, args.context), **call, fast=args.fast, graphs=args.graphs)
-    steps = output.batch_forwards["draft"]
+    steps = output.batch_forwards.get("draft", 1)
     time_of = (lambda e: e.self_device_time_total) if on_gpu else (lambda e: e.self_cpu_time_total)
     events = sorted(record.key_averages(), key=time_of, reverse=True)
     lines = [f"{steps} steps, forwards {output.batch_forwards}; microseconds and launches a step"]
@@ -302,7 +318,7 @@ def load(args, family: Family) -> dict[str, CheckpointModel]:
 
 
 def measure_forwards(model, family: Family, role: str, machine: Machine, args) -> tuple[Engine, Forwards, dict]:
-    """``(engine, table, seconds by (rows, name of the forward))`` of the network of a role."""
+    """``(engine, table, seconds by (role, rows, name of the forward))`` of the network of a role."""
     length, timed_of = args.block_length, family.timed[role]
     blocks = -(-(args.context + args.new_tokens) // length) * length
     slots, runtime = max(blocks + 2 * length, args.prefill), Runtime(fast=args.fast, graphs=args.graphs)
@@ -310,13 +326,12 @@ def measure_forwards(model, family: Family, role: str, machine: Machine, args) -
         print(
             "capturing CUDA graphs; the first time on a machine their kernels are compiled, a minute or two", flush=True
         )
-    captured = imported(timed_of.kinds)(length) if timed_of.kinds else None
-    engine = Engine.of(model, max(args.batch), slots, length, runtime, captured)
+    engine = Engine.of(model, max(args.batch), slots, imported(timed_of.kinds)(length), runtime)
     prefix = f"{role}: " if len(family.timed) > 1 else ""
     times, table = {}, Forwards(model, machine, engine, length, args.context, prefix)
     for rows in args.batch:
         for kind in imported(timed_of.forwards)(length, model.device):
-            times[rows, kind.name] = table.measure(kind, rows)
+            times[role, rows, kind.name] = table.measure(kind, rows)
     table.prefill(args.prefill)
     print(f"graphs: {engine.capture_seconds:.1f} s to capture {len(engine.runner.captured) if engine.runner else 0}\n")
     return engine, table, times
@@ -344,9 +359,8 @@ def measure_decodes(models: dict, family: Family, times: dict, args) -> list[dic
     label = f"{family.method}, {args.accept} accepted by script" if rule else family.method
     decodes = []
     for rows in args.batch:
-        spent = {"draft": times[rows, "draft"], "verify": times[rows, "verify"]}
-        decodes.append(measure_decode("plain" if family.plain else "baseline", plain, model, rows, args, **spent))
-        decodes.append(measure_decode(label, speculative, model, rows, args, **spent))
+        decodes.append(measure_decode("plain" if family.plain else "baseline", plain, models, rows, args, times))
+        decodes.append(measure_decode(label, speculative, models, rows, args, times))
     if args.vs:
         decodes.append(against(args.vs, args.vs_kwargs, model, args))
         print(f"ratio: {decodes[1]['tokens_per_second'] / decodes[-1]['tokens_per_second']:.2f} x")
@@ -368,10 +382,10 @@ def main(argv: list[str] | None = None) -> None:
     lines, times, captured = [], {}, 0.0
     for role in family.timed:
         engine, table, seconds = measure_forwards(models[role], family, role, machine, args)
-        lines, times, captured = lines + table.rows, seconds | times, captured + engine.capture_seconds
+        lines, times, captured = lines + table.rows, times | seconds, captured + engine.capture_seconds
     result = {
         "model": args.shape or str(args.model or "tiny"),
-        "machine": {"name": machine.name, "read_bytes_per_second": machine.read, "operations_per_second": machine.rate},
+        "machine": machine.to_json(),
         "torch": torch.__version__,
         "dtype": str(model.dtype)[6:],
         "block_length": args.block_length,

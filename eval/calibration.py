@@ -1,4 +1,4 @@
-"""How well what a drafter says of its tokens foretells what the verifier does with them."""
+"""Calibration: drafter confidence against verifier acceptance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BINS = 10
 
 
 def bins_of(pairs: Iterable[tuple[float, bool]]) -> list[list[float]]:
-    """``[count, sum of the predictions, how many came true]`` of each tenth of [0, 1]."""
+    """``[count, sum of the predictions, how many were observed]`` of each tenth of [0, 1]."""
     bins = [[0, 0.0, 0] for _ in range(BINS)]
     for predicted, true in pairs:
         cell = bins[min(BINS - 1, int(predicted * BINS))]

@@ -14,8 +14,11 @@ from eval import calibration, code_eval
 from eval.families import fingerprints
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
+from eval.records import lanes_of, lossless_as_json, work_of
+from eval.roofline import Machine
 from shared.errors import UserError, unknown_name
 from shared.family import family_named
+from shared.output import Sizes
 from shared.scripts.store import records_in
 from shared.trace import How
 
@@ -57,8 +60,9 @@ class Bench:
             estimators = self._estimators(setting, asked)  # every process takes part
         if samples is None:
             return None
-        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records), **spent(records)}
-        cell |= traced(records, self._baseline(asked)) | {"lossless": lossless, "where": self._where()}
+        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records)}
+        cell |= spent(records, self.lm.sizes) | traced(records, self._baseline(asked))
+        cell |= lossless_as_json(lossless) | {"where": self._where()}
         cell["calibration"] |= estimators
         kept = cell["docs"][: self.grid.replays]
         cell["replay"] = {str(d): self._replay(records[d], samples, d) for d in kept if d in records}
@@ -102,7 +106,7 @@ class Bench:
         return self._baselines[asked.task]
 
     def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
-        """Bins of every acceptance estimator on this process's share, from a pass of its own: it reads the device, which costs time and has no place in a graph."""
+        """Bins of every acceptance estimator on this process's share. A separate pass, without graphs: estimators read the device, which costs time."""
         self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
         self.lm.accept_rule = recorder = calibration.Recorder()
         self.lm.keep(None, resume=False)
@@ -128,6 +132,10 @@ class Bench:
 
     def _piece(self, token: int) -> str:
         return self.lm.tokenizer.decode([token])
+
+    def machine(self) -> Machine:
+        """What the machine can do in the model's dtype, measured."""
+        return Machine.measure(self.lm.device, self.lm.model.dtype)
 
     def _where(self) -> dict:
         """What the figures were measured on."""
@@ -178,8 +186,11 @@ def judged(samples: list[dict], asked: Asked, records: dict[int, dict]) -> dict:
             "tokens": [records[d]["tokens"] if d in records else 0 for d in docs]}  # fmt: skip
 
 
-def spent(records: dict[int, dict]) -> dict:
-    """Forwards by kind, and the seconds of the slowest process: those of its calls up to their last text."""
+def spent(records: dict[int, dict], sizes: dict[str, Sizes]) -> dict:
+    """Forwards by kind, what each lane spent and had to move and compute, and the seconds of the slowest process: those of its calls up to their
+    last text."""
+    lanes = lanes_of(records.values())
+    work = work_of(lanes, sizes)
     forwards, calls = Counter(), defaultdict(float)
     for r in records.values():
         forwards.update(r["forwards"])
@@ -187,7 +198,14 @@ def spent(records: dict[int, dict]) -> dict:
     seconds = defaultdict(float)
     for (process, _), at in calls.items():
         seconds[process] += at
-    return {"forwards": dict(forwards), "seconds": round(max(seconds.values(), default=0.0), 4)}
+    return {
+        "forwards": dict(forwards),
+        "lanes": {lane: {k: s._asdict() for k, s in kinds.items()} for lane, kinds in lanes.items()},
+        "work": {lane: {k: w._asdict() for k, w in kinds.items()} for lane, kinds in work.items()},
+        "verifies": sum(r.get("verifies", 0) for r in records.values()),
+        "gained": sum(r.get("gained", 0) for r in records.values()),
+        "seconds": round(max(seconds.values(), default=0.0), 4),
+    }
 
 
 def traced(records: dict[int, dict], baseline: dict[int, list[int]]) -> dict:
@@ -196,11 +214,11 @@ def traced(records: dict[int, dict], baseline: dict[int, list[int]]) -> dict:
     for r in known.values():
         accepted.update(a for _, _, a in r["verified"])
     agreed = [p for d, r in known.items() if d in baseline for p in calibration.of_unverified(r, baseline[d])]
-    judged_ = [p for r in known.values() for p in calibration.of_verified(r)]
+    verified = [p for r in known.values() for p in calibration.of_verified(r)]
     return {
         "accepted": {str(k): accepted[k] for k in sorted(accepted)},
         "calibration": {
-            "accepted": calibration.bins_of(judged_) if judged_ else None,
+            "accepted": calibration.bins_of(verified) if verified else None,
             "as baseline": calibration.bins_of(agreed) if agreed else None,
         },
         "same": sum(r["ids"] == baseline.get(d) for d, r in known.items()) if baseline else None,

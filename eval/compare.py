@@ -1,10 +1,11 @@
-"""Compares decoders and families on the same problems and writes a report that shows who wins where.
+"""Compares decoders and families on the same problems and writes a report of cost and accuracy.
 
 python -m eval.compare eval/grids/tiny.yaml --confirm_run_unsafe_code        # the shipped SDAR checkpoint: thresholds against S2D2
 python -m eval.compare --run family=SDAR,decoder=standard,block_length=8/16 --run family=SDAR,decoder=ssd_policy,preset=tiny --tasks instructions
 
-A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the same
-command goes on where a killed one stopped. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
+A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the
+same command goes on where a killed one stopped. The machine's read bandwidth and matrix rate are measured once (``machine.json``): they give the least
+time that a decoder's forwards can take. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from pathlib import Path
 
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import rows_of, write_csv
+from eval.roofline import Machine
 from shared.errors import UserError, run_main
 from shared.scripts.distributed import World
 from shared.scripts.store import Store, records_in
+
+MACHINE = "machine.json"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,6 +96,8 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
     for family, checkpoint in dict.fromkeys((s.family, s.checkpoint) for s, _ in todo):
         here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
         bench = Bench(grid, here[0][0], folder, device=device, seed=seed, run_code=run_code)
+        if leads and machine_in(folder) is None:
+            (folder / MACHINE).write_text(json.dumps(bench.machine().to_json()) + "\n", encoding="utf-8")
         for setting, asked in here:
             number += 1
             cell = bench.measure(setting, asked)
@@ -101,8 +107,14 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
     cells.close()
 
 
+def machine_in(folder: Path) -> Machine | None:
+    """The machine of a comparison, as its first run measured it; floors of all its cells are floors on it."""
+    path = folder / MACHINE
+    return Machine.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
 def line_of(cell: dict) -> str:
-    """A cell in one line, for whoever watches."""
+    """A cell in one line, printed as it finishes."""
     count, tokens = len(cell["docs"]), max(1, sum(cell["tokens"]))
     return (
         f"{cell['family']} {cell['task']} {cell['setting']}: {100 * sum(cell['values']) / count:.1f} % of {count}, "
@@ -127,10 +139,11 @@ def write(grid: Grid, folder: Path, seed: int) -> None:
         raise UserError(
             f"output {str(folder)!r} holds no cell of this grid. Allowed: a folder in which one was measured"
         )
-    rows = rows_of(cells, grid.baseline)
+    machine = machine_in(folder)
+    rows = rows_of(cells, grid.baseline, machine)
     about = {"name": grid.name, "about": grid.about, "baseline": grid.baseline, "problems": grid.problems, "seed": seed,
              "finished": f"{len(cells)} of {len(keys)} cells"}  # fmt: skip
-    results = {"grid": about, "rows": rows}
+    results = {"grid": about, "machine": machine.to_json() if machine else None, "rows": rows}
     (folder / "results.json").write_text(in_lines(results), encoding="utf-8")
     write_csv(folder / "results.csv", rows)
     pictures = plots.draw(results, cells, folder)
@@ -141,7 +154,8 @@ def write(grid: Grid, folder: Path, seed: int) -> None:
 def in_lines(results: dict) -> str:
     """JSON with one row a line, so that a change is a change of lines."""
     rows = ",\n".join(json.dumps(r) for r in results["rows"])
-    return f'{{"grid": {json.dumps(results["grid"])},\n"rows": [\n{rows}\n]}}\n'
+    head = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in results.items() if k != "rows")
+    return f'{{{head},\n"rows": [\n{rows}\n]}}\n'
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,6 +26,7 @@ KEPT = (
     "n-samples",
     "higher_is_better",
 )  # of lm-eval's results file: what does not tell the time
+_NOT_KEPT = ("seconds_in_flight", "lossless", "lossless_reason", "lossless_relative_to")  # of what it says of decoding
 _PRELOADED = ["eval.model", "evaluate", "lm_eval.evaluator", "lm_eval._cli", "datasets"]
 
 
@@ -71,7 +72,7 @@ def scores(folder: Path) -> dict:
     """The newest results file, less what tells the time."""
     newest = max(folder.rglob("results_*.json"), key=lambda p: p.stat().st_mtime_ns)
     found = json.loads(newest.read_text(encoding="utf-8"))
-    decoding = {k: v for k, v in found["config"]["decoding"].items() if k not in ("seconds_in_flight", "lossless")}
+    decoding = {k: v for k, v in found["config"]["decoding"].items() if k not in _NOT_KEPT}
     return {**{k: found[k] for k in KEPT}, "decoding": decoding}
 
 

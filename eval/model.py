@@ -21,11 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from eval.families import decoder_in_file, family_of_class, fingerprints, split_target
-from eval.records import record_of
+from eval.records import lanes_of, lossless_as_json, record_of
 from shared.errors import UserError, unknown_name
 from shared.family import Network, family_named, imported
 from shared.network.loading import load_tokenizer
-from shared.output import Output
+from shared.network.sizes import sizes_of
+from shared.output import Lossless, Output
 from shared.scripts.distributed import World
 from shared.scripts.models import (
     check_roles,
@@ -48,9 +49,9 @@ _NOT_OPTIONS = ("until",)
 class DraftAndVerifyLM(TemplateLM):
     """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
 
-    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``); the checkpoint of another network goes by the
-    key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how it was decoded; with ``resume``
-    those found there are not decoded again.
+    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``). The checkpoint of another network goes by
+    the key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how
+    it was decoded; with ``resume`` those found there are not decoded again.
     """
 
     def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
@@ -78,6 +79,7 @@ class DraftAndVerifyLM(TemplateLM):
         self.models = load_models(self._family, self.checkpoints, dtype=dtype, device=device)
         self.model, source = self.models[self._family.first], self.checkpoints[self._family.first]
         self._device, self.tokenizer = self.model.device, load_tokenizer(source)
+        self.sizes = {role: sizes_of(model) for role, model in self.models.items()}  # a lane has the name of its role
         self.pretrained = str(pretrained)
         self._traces = bool(traces)
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
@@ -99,7 +101,7 @@ class DraftAndVerifyLM(TemplateLM):
         self._store.close()
         self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
-        self.lossless: tuple[bool, str] | None = None
+        self.lossless: Lossless | None = None
         self._used: dict[str, dict] = {}
 
     def _choose(self, pretrained, family, decoder, custom_generate, custom_model_class) -> None:
@@ -222,7 +224,8 @@ class DraftAndVerifyLM(TemplateLM):
             on_finish=lambda completion: keep(by_number[completion.request], record_of(completion, self._traces)),
             **other_models(self._family, self.decoder_name, self.models),
         )  # fmt: skip
-        self.lossless = (output.lossless.value, output.lossless.reason)
+        self.lossless = output.lossless
+        self.sizes |= output.sizes
 
     def _decode_by_user(self, keys, prompts, options: dict, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
@@ -339,16 +342,20 @@ class DraftAndVerifyLM(TemplateLM):
 
     def get_model_info(self) -> dict:
         """For the results file: every option of every task, and what was spent."""
-        forwards = Counter()
+        forwards, lanes = Counter(), lanes_of(self.spent)
         for record in self.spent:
             forwards.update(record["forwards"])
         seconds = [r["seconds"] for r in self.spent if r["seconds"] is not None]
+        verifies = sum(r.get("verifies", 0) for r in self.spent)
+        gained = sum(r.get("gained", 0) for r in self.spent)
         return {
             "decoding": {
-                "family": self.family_name, "checkpoints": self.checkpoints, "decoder": self.decoder_name, "dtype": str(self.model.dtype)[6:], "seed": self._seed,
-                "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
-                "lossless": self.lossless, "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent),
-                "forwards": dict(forwards), "seconds_in_flight": round(sum(seconds), 3),
+                "family": self.family_name, "checkpoints": self.checkpoints, "decoder": self.decoder_name,
+                "dtype": str(self.model.dtype)[6:], "seed": self._seed, "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
+                "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent), "forwards": dict(forwards),
+                "lane_forwards": {lane: sum(s.forwards for s in kinds.values()) for lane, kinds in lanes.items()},
+                "mean_acceptance_length": gained / verifies if verifies else None,
+                "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
             }
         }  # fmt: skip
 

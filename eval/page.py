@@ -9,22 +9,30 @@ from pathlib import Path
 from string import Template
 
 from eval.grid import Setting
-from eval.results import COSTS, winners
+from eval.results import COSTS, lanes_differ, winners
 
 _FILES = Path(__file__).parent / "report"
-_HOWS = ("accepted", "resampled", "confident", "fallback", "next", "ratio", "edited")
+_HOWS = ("accepted", "resampled", "bonus", "confident", "fallback", "forced", "filled", "next", "ratio", "edited")
 _CAPTIONS = {
     "forwards": "Accuracy against forwards per token; bars are 95 % intervals. Up and to the left is better.",
+    "floor": "Accuracy against the least time a token takes: the bytes and operations of every model's forwards at the measured rates of the machine. "
+    "Up and to the left is better.",
     "speed": "Accuracy against tokens per second of the whole batch. Up and to the right is better.",
     "accepted": "How many drafted tokens a verify accepts.",
-    "calibration": "Calibration: what a drafter or an estimator says of a token, against how often the verifier accepts it, or how often it is the baseline's. On the diagonal it tells the truth.",
+    "calibration": "Calibration: the confidence of a drafter or an estimator in a token, against how often the verifier accepts it, or how often it is the "
+    "baseline's token. On the diagonal the confidence is right.",
 }
 
 
 def render(results: dict, cells: list[dict], pictures: dict[str, Path]) -> str:
     """The page. ``pictures``: plots by name, each with ``-light`` and ``-dark``."""
     grid, rows = results["grid"], results["rows"]
-    data = {"grid": grid, "rows": rows, "replays": [r for cell in cells for r in replays_of(cell)]}
+    data = {
+        "grid": grid,
+        "rows": rows,
+        "by_lane": lanes_differ(rows),
+        "replays": [r for cell in cells for r in replays_of(cell)],
+    }
     where = rows[0]["where"]
     facts = [f"{k.replace('_', ' ')} {where[k]}" for k in ("device", "dtype", "batch_size", "processes", "torch")]
     return Template((_FILES / "template.html").read_text(encoding="utf-8")).substitute(
@@ -34,11 +42,18 @@ def render(results: dict, cells: list[dict], pictures: dict[str, Path]) -> str:
         style=(_FILES / "report.css").read_text(encoding="utf-8"),
         script=(_FILES / "report.js").read_text(encoding="utf-8"),
         winners=winners_rows(rows, grid["baseline"]),
-        legend="".join(f'<span style="--c:var(--{h})">{h}</span>' for h in _HOWS),
+        legend="".join(f'<span style="--c:var(--{h})">{h}</span>' for h in legend_of(data["replays"])),
         kinds="".join(f'<span style="--c:var(--{k})">{k}</span>' for k in rows[0]["by_kind"]),
         figures="".join(figure(name, pictures) for name in _CAPTIONS if f"{name}-light" in pictures),
         data=json.dumps(data).replace("</", "<\\/"),
     )
+
+
+def legend_of(replays: list[dict]) -> list[str]:
+    """What positions were decided by in these decodes, in the order of the legend; a draft that the rule fills is confident or a fallback."""
+    found = {how for replay in replays for how in replay["how"]} | {"confident", "fallback"}
+    found |= {"edited" for replay in replays if replay["edits"]}
+    return [how for how in _HOWS if how in found]
 
 
 def replays_of(cell: dict) -> list[dict]:
@@ -51,7 +66,7 @@ def replays_of(cell: dict) -> list[dict]:
 
 
 def winners_rows(rows: list[dict], baseline: str) -> str:
-    """The body of the table that says who wins."""
+    """The body of the table of the cheapest settings."""
     head = (
         "family",
         "task",

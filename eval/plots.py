@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from eval.calibration import merged
+from eval.results import lanes_differ
 
 THEMES = {
     "light": {"ground": "#ffffff", "ink": "#1d2330", "line": "#dfe2e8"},
@@ -55,6 +56,9 @@ def draw(results: dict, cells: list[dict], folder: Path) -> dict[str, Path]:
     styles = Styles(rows, results["grid"]["baseline"])
     plots: dict[str, Callable[[], Figure | None]] = {
         "forwards": lambda: frontier(rows, styles, "forwards_per_token", "forwards / token"),
+        "floor": lambda: (
+            frontier(rows, styles, "floor_seconds_per_token", "floor seconds / token") if lanes_differ(rows) else None
+        ),
         "speed": lambda: frontier(rows, styles, "tokens_per_second", "tokens / s"),
         "accepted": lambda: accepted(cells, styles),
         "calibration": lambda: calibration(cells),
@@ -112,7 +116,7 @@ def _legend(figure: Figure, axes: list[Axes]) -> None:
 
 def frontier(rows: list[dict], styles: Styles, cost: str, label: str) -> Figure | None:
     """Accuracy against ``cost``, one panel a task, one line a group, with 95 percent intervals."""
-    rows = [r for r in rows if r[cost]]
+    rows = [r for r in rows if r.get(cost)]
     if not rows:
         return None
     tasks = list(dict.fromkeys(r["task"] for r in rows))
@@ -194,6 +198,6 @@ def calibration(cells: list[dict]) -> Figure | None:
                 x, y = [b[1] / b[0] for b in full], [b[2] / b[0] for b in full]
                 ax.plot(x, y, color=HUES[k % len(HUES)], marker=MARKS[k % len(MARKS)], ms=5, lw=1.2, label=label)
         ax.set_xlabel("predicted")
-    axes[0].set_ylabel("came true")
+    axes[0].set_ylabel("observed")
     _legend(figure, axes)
     return figure

@@ -3,9 +3,9 @@
 python -m eval.precision --shape sdar-8b       # random weights of a named shape, on a GPU
 python -m eval.precision                       # the default family's shipped checkpoint, on what is here
 
-One prompt is encoded, then a block is drafted and verified on top of it: by the plain network in float32 (the weights are those of bfloat16, so only arithmetic
-differs), by the plain network in bfloat16, and by the fast forward in bfloat16 where it can run. The yardstick of the fast forward is the plain network at its own
-precision. Prints mean and largest difference of log-probabilities over all positions and tokens; one JSON line last.
+One prompt is encoded, then the forwards of the family's decoders (drafts, verifies) run on top of it: by the plain network in float32 (the weights are
+those of bfloat16, so only arithmetic differs), by the plain network in bfloat16, and by the fast forward in bfloat16 where it can run. The fast forward
+is compared with the plain network at its own precision. Prints mean and largest difference of log-probabilities; one JSON line last.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from eval.benchmark import prompts_of, vocabulary
 from eval.shapes import family_of, random_models, shapes
 from shared.errors import run_main
-from shared.family import FAMILIES
+from shared.family import FAMILIES, Timed, imported
 from shared.gpu.engine import Engine
+from shared.gpu.fast import fast_forward_of
 from shared.network import masks
 from shared.network.loading import resolve_device
 from shared.options import Runtime
@@ -31,37 +32,38 @@ TOLERANCE = 1.25  # the fast forward's mean difference over that of the plain ne
 
 
 @torch.inference_mode()
-def log_probabilities(model, runtime: Runtime, context: int, length: int) -> Tensor:
-    """``[2 L, V]`` float32: of a drafted block of ``length`` L, and of the mask queries of its verify, after ``context`` tokens."""
+def log_probabilities(model, timed: Timed, runtime: Runtime, context: int, length: int) -> Tensor:
+    """``[N, V]`` float32: of every position at which the family's timed forwards give logits, after ``context`` tokens; half of a block is masked."""
     device, mask_id = model.device, model.special_ids()[0]
-    engine = Engine(model, 1, context + 3 * length, length, runtime)
+    kinds = [f for f in imported(timed.forwards)(length, device) if not f.commit_rows]
+    engine = Engine(model, 1, context + 3 * length, imported(timed.kinds)(length), runtime)
     prompt = torch.tensor(prompts_of(model, 1, context), device=device)
-    positions = torch.arange(context + length, device=device)[None]
+    positions = torch.arange(context, device=device)[None]
     mask = masks.block_causal(context, length, device)
-    engine.forward(prompt, positions[:, :context], engine.cache.window(context, [0]), mask, logits_at=slice(0, 0))
+    engine.forward(prompt, positions, engine.cache.window(context, [0]), mask, logits_at=slice(0, 0))
     engine.cache.commit([context], [0])
-    block = torch.randint(vocabulary(model), (1, length), generator=torch.Generator().manual_seed(1)).to(device)
-    half_known = torch.where(torch.arange(length, device=device) < length // 2, block, mask_id)
-    here = positions[:, context:]
-    draft = engine.forward(half_known, here, engine.cache.window(length, [0]), None).float().log_softmax(-1)
-    queries = torch.full_like(block, mask_id)
-    two = masks.two_copy_verify(length, device)
-    window = engine.cache.window(2 * length, [0])
-    ids, at = torch.cat([block, queries], 1), slice(length, None)
-    verify = engine.forward(ids, here.repeat(1, 2), window, two, logits_at=at).float().log_softmax(-1)
-    return torch.cat([draft[0], verify[0]])
+    found = []
+    for kind in kinds:
+        ids = torch.randint(vocabulary(model), (1, kind.tokens), generator=torch.Generator().manual_seed(1)).to(device)
+        ids = torch.where(torch.arange(kind.tokens, device=device) < length // 2, ids, mask_id)
+        window = engine.cache.window(kind.tokens, [0], offset=kind.offset, width=kind.width)
+        at = None if kind.picks is None else torch.tensor([list(kind.picks)], device=device)
+        local = None if kind.mask is None else kind.mask[None]
+        here = window.prefix[:, None] + kind.offset + kind.place(device)
+        found.append(engine.forward(ids, here, window, local, logits_at=at).float().log_softmax(-1)[0])
+    return torch.cat(found)
 
 
-def differences(model, context: int, length: int) -> dict[str, dict[str, float]]:
+def differences(model, timed: Timed, context: int, length: int) -> dict[str, dict[str, float]]:
     """``{"plain" | "fast": {"mean", "largest"}}`` of ``model``, which is in bfloat16."""
     plain = Runtime(fast=False)
     wide = copy.deepcopy(model).float()
-    want = log_probabilities(wide, plain, context, length)
+    want = log_probabilities(wide, timed, plain, context, length)
     del wide
-    ways = {"plain": plain} | ({"fast": Runtime()} if model.fast() is not None else {})
+    ways = {"plain": plain} | ({"fast": Runtime()} if fast_forward_of(model) is not None else {})
     rows = {}
     for name, runtime in ways.items():
-        away = (log_probabilities(model, runtime, context, length) - want).abs()
+        away = (log_probabilities(model, timed, runtime, context, length) - want).abs()
         finite = away.isfinite()
         rows[name] = {"mean": away[finite].mean().item(), "largest": away[finite].max().item()}
     return rows
@@ -82,8 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         models = random_models(family, args.shape, device, torch.bfloat16)
     else:
         models = load_models(family, checkpoints_of(family, source), dtype="bfloat16", device=device)
-    model = models[family.first]
-    rows = differences(model, args.context, args.block_length)
+    rows = differences(models[family.first], family.timed[family.first], args.context, args.block_length)
     for name, row in rows.items():
         print(
             f"bfloat16 {name:6s} from float32: mean {row['mean']:.2e}, largest {row['largest']:.2e} (log-probability)"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from shared.output import Completion
+from collections.abc import Iterable, Mapping
+
+from shared.output import Completion, Lossless, Sizes, Work
+from shared.trace import Lanes, Spent, add_lanes
 
 
 def record_of(completion: Completion, traces: bool) -> dict:
-    """A text and what it cost; with ``traces`` also how it was decoded."""
+    """A text and what it cost: forwards by kind, and what each lane spent (a `shared.trace.Spent` by kind); with ``traces`` also how it was decoded."""
     record = {
         "text": completion.text,
         "tokens": len(completion.tokens),
-        "forwards": dict(completion.trace.forwards),
+        "forwards": completion.trace.forwards,
+        "lanes": completion.trace.to_json()["lanes"],
+        "verifies": len(completion.trace.verifies),
+        "gained": completion.trace.gained,
         "seconds": completion.seconds,
     }
     return {**record, **trace_of(completion)} if traces else record
@@ -27,6 +33,25 @@ def trace_of(completion: Completion) -> dict:
         "how": trace.how_of[part],
         "rank": trace.rank_of[part],
         "confidence": [round(c, 4) for c in trace.confidence_of[part]],
-        "verified": [[k, s, a] for k, (s, a) in enumerate(zip(trace.verified_span, trace.accepted, strict=True)) if s],
+        "verified": [[v.step, v.sent, v.accepted] for v in trace.verifies],
         "edits": [[k, p - first, old, new] for k, p, old, new in trace.edits if p < part.stop],
     }
+
+
+def lanes_of(records: Iterable[Mapping]) -> dict[str, dict[str, Spent]]:
+    """What each lane spent on all of them, by kind of forward."""
+    found = [r.get("lanes", {}) for r in records]  # a user's own decoder tells nothing
+    return add_lanes(
+        [{lane: {k: Spent(**s) for k, s in kinds.items()} for lane, kinds in lanes.items()} for lanes in found]
+    )
+
+
+def work_of(lanes: Lanes, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, Work]]:
+    """What the passes of each lane must move and compute, by kind, each text as if it ran alone; as `shared.output.Output.work`."""
+    return {lane: {k: sizes[lane].work(spent) for k, spent in kinds.items()} for lane, kinds in lanes.items()}
+
+
+def lossless_as_json(lossless: Lossless | None) -> dict:
+    """Is it, why, and relative to what? None each where nothing was decoded."""
+    value, reason, to = (None,) * 3 if lossless is None else (lossless.value, lossless.reason, lossless.relative_to)
+    return {"lossless": value, "lossless_reason": reason, "lossless_relative_to": to}

@@ -1,4 +1,4 @@
-"""From measured cells to what people read: rows, who wins where, CSV, and the tables of READMEs."""
+"""From measured cells to rows, the cheapest settings at equal accuracy, CSV, and the tables of READMEs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from eval.roofline import Machine
 from eval.stats import mcnemar, wilson
+from shared.family import FAMILIES
+from shared.output import Work
 from shared.trace import KINDS
 
 LEVEL = 0.05  # below this chance a difference of accuracy is not called noise
 
 
-def row_of(cell: dict, baseline: dict | None) -> dict:
+def row_of(cell: dict, baseline: dict | None, machine: Machine | None = None) -> dict:
     """The figures of a cell. ``solved``: one digit a problem; ``p``: McNemar's test against the baseline on the same problems."""
     count, tokens = len(cell["docs"]), sum(cell["tokens"])
     solved = [v > 0.5 for v in cell["values"]]
     low, high = wilson(sum(cell["values"]), count)
-    verifies = sum(cell["accepted"].values())
     row = {
         k: cell[k]
         for k in ("family", "setting", "group", "decoder", "pretrained", "preset", "options", "task", "metric", "where")
@@ -31,12 +33,11 @@ def row_of(cell: dict, baseline: dict | None) -> dict:
         "tokens": tokens,
         "forwards_per_token": sum(cell["forwards"].values()) / max(1, tokens),
         "by_kind": {k: cell["forwards"].get(k, 0) / max(1, tokens) for k in KINDS},
-        "accepted_per_verify": sum(int(k) * n for k, n in cell["accepted"].items()) / verifies if verifies else None,
-        "verifies": verifies,
+        **cost_of(cell, max(1, tokens), machine),
         "seconds": cell["seconds"],
         "tokens_per_second": tokens / cell["seconds"] if cell["seconds"] else None,
         "same": cell["same"],
-        "lossless": None if cell["lossless"] is None else bool(cell["lossless"][0]),
+        **{k: cell[k] for k in ("lossless", "lossless_reason", "lossless_relative_to")},
         "solved": "".join("01"[s] for s in solved),
     }
     if baseline is not None and baseline["docs"] == cell["docs"]:
@@ -45,19 +46,61 @@ def row_of(cell: dict, baseline: dict | None) -> dict:
     return row
 
 
-def rows_of(cells: list[dict], baseline: str) -> list[dict]:
+def cost_of(cell: dict, tokens: int, machine: Machine | None) -> dict:
+    """What a token cost in each lane, the least time that takes on ``machine``, and what a verify brought."""
+    accepted, verifies = sum(int(k) * n for k, n in cell["accepted"].items()), sum(cell["accepted"].values())
+    floor = None
+    if machine is not None and cell["work"]:
+        works = [Work(**work) for kinds in cell["work"].values() for work in kinds.values()]
+        floor = sum(map(machine.floor, works)) / tokens
+    return {
+        "lane_forwards_per_token": {
+            lane: sum(spent["forwards"] for spent in kinds.values()) / tokens for lane, kinds in cell["lanes"].items()
+        },
+        "floor_seconds_per_token": floor,
+        "accepted_per_verify": accepted / verifies if verifies else None,
+        "mean_acceptance_length": cell["gained"] / verifies if verifies else None,
+        "verifies": verifies,
+    }
+
+
+def rows_of(cells: list[dict], baseline: str, machine: Machine | None = None) -> list[dict]:
     """A row for every cell, each compared with the baseline of its family and task."""
     base = {(c["family"], c["pretrained"], c["task"]): c for c in cells if c["setting"] == baseline}
-    return [row_of(c, base.get((c["family"], c["pretrained"], c["task"]))) for c in cells]
+    return [row_of(c, base.get((c["family"], c["pretrained"], c["task"])), machine) for c in cells]
 
 
 def is_plain(row: dict) -> bool:
-    """Diffusion that verifies nothing; block size one is none."""
+    """Unverified diffusion, block size 1 excluded."""
     return not row["verifies"] and row["options"].get("block_length") != 1
 
 
+def lanes_of_row(row: dict) -> dict[str, float]:
+    """Forwards per token by lane; of a row recorded before lanes were, none."""
+    return row.get("lane_forwards_per_token") or {}
+
+
+def lanes_differ(rows: list[dict]) -> bool:
+    """Are forwards of different models among them, so that their numbers do not compare?"""
+    return len({lane for row in rows for lane in lanes_of_row(row)}) > 1
+
+
+# What winners are ranked by.
+COSTS: dict[str, Callable[[dict], float]] = {
+    "forwards / token": lambda r: r["forwards_per_token"],
+    "floor ms / token": lambda r: 1e3 * r["floor_seconds_per_token"],
+    "seconds": lambda r: 1 / r["tokens_per_second"] if r["tokens_per_second"] else float("inf"),
+}
+
+
+def costs_of(rows: list[dict]) -> list[str]:
+    """The measures by which rows are ranked: the floor where their lanes differ and all have one, else forwards; and measured seconds."""
+    floors = lanes_differ(rows) and all(r.get("floor_seconds_per_token") is not None for r in rows)
+    return ["floor ms / token" if floors else "forwards / token", "seconds"]
+
+
 def winners(rows: list[dict], baseline: str) -> list[dict]:
-    """Who is cheapest at equal accuracy, by family, checkpoint, task and measure of cost.
+    """The cheapest settings at equal accuracy, by family, checkpoint, task and measure of cost.
 
     ``bar`` "at least": settings that solve at least as many problems as the baseline; "not below": those whose loss against it may be noise (McNemar).
     ``plain`` and ``speculative`` are the cheapest of each kind among them, None where none is; ``gain`` is how many times cheaper the latter is.
@@ -71,19 +114,14 @@ def winners(rows: list[dict], baseline: str) -> list[dict]:
         if first is None:
             continue
         for bar, passes in _bars(first).items():
-            for cost, of in COSTS.items():
+            for cost in costs_of(here):
+                of = COSTS[cost]
                 plain = min((r for r in here if is_plain(r) and passes(r)), key=of, default=None)
                 spec = min((r for r in here if r["verifies"] and passes(r)), key=of, default=None)
                 gain = of(plain) / of(spec) if plain and spec else None
                 found.append({"family": family, "task": task, "bar": bar, "cost": cost, "baseline": first, "plain": plain,
                               "speculative": spec, "gain": gain})  # fmt: skip
     return found
-
-
-COSTS: dict[str, Callable[[dict], float]] = {
-    "forwards / token": lambda r: r["forwards_per_token"],
-    "seconds": lambda r: 1 / r["tokens_per_second"] if r["tokens_per_second"] else float("inf"),
-}
 
 
 def _bars(baseline: dict) -> dict[str, Callable[[dict], bool]]:
@@ -94,15 +132,23 @@ def _bars(baseline: dict) -> dict[str, Callable[[dict], bool]]:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """One line a row; forwards by kind in columns of their own."""
-    names = [k for k in rows[0] if k not in ("by_kind", "options", "where", "solved")]
+    """One line a row; forwards by kind and by lane in columns of their own."""
+    apart = ("by_kind", "lane_forwards_per_token", "options", "where", "solved")
+    names = [k for k in rows[0] if k not in apart]
+    lanes = list(dict.fromkeys(lane for r in rows for lane in lanes_of_row(r)))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*names, *(f"{k}_per_token" for k in KINDS), "options"])
+        by_lane = [f"{lane}_forwards_per_token" for lane in lanes]
+        writer.writerow([*names, *(f"{k}_per_token" for k in KINDS), *by_lane, "options"])
         for r in rows:
-            values = [round(v, 6) if isinstance(v := r.get(n), float) else v for n in names]
-            kinds = [round(r["by_kind"][k], 6) for k in KINDS]
-            writer.writerow([*values, *kinds, json.dumps(r["options"])])
+            numbers = [r.get(n) for n in names] + [r["by_kind"][k] for k in KINDS]
+            numbers += [lanes_of_row(r).get(lane) for lane in lanes]
+            writer.writerow([*(_short(n) for n in numbers), json.dumps(r["options"])])
+
+
+def _short(value):
+    """A number with as many digits as say something."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 # Tables of READMEs; `eval.docs` puts them there.
@@ -117,93 +163,101 @@ def _percent(row: dict) -> str:
     return f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
+def _by_lane(row: dict) -> list[str]:
+    """Two cells: forwards per token by lane, and the least time a token takes."""
+    floor = row.get("floor_seconds_per_token")
+    lanes = ", ".join(f"{lane} {n:.3f}" for lane, n in lanes_of_row(row).items())
+    return [lanes, "" if floor is None else f"{1e3 * floor:.3f}"]
+
+
+BY_LANE = ["forwards / token by lane", "floor ms / token"]
+
+
+def method_of(rows: list[dict]) -> str:
+    """What the families in ``rows`` call their speculation."""
+    names = {FAMILIES[r["family"]].method if r["family"] in FAMILIES else "speculative" for r in rows}
+    return names.pop() if len(names) == 1 else "speculative"
+
+
 def rows_table(rows: list[dict], results: dict) -> Iterator[str]:
     """Settings on one task."""
-    head = [
-        "setting",
-        "accuracy % (95 %)",
-        "forwards / token",
-        "prefill, draft, verify, commit",
-        "accepted / verify",
-        "p",
-        "texts as baseline",
-    ]
+    differ = lanes_differ(rows)
+    head = ["setting", "accuracy % (95 %)", "forwards / token", "prefill, draft, verify, commit"]
+    head += [*BY_LANE, "tokens / verify"] if differ else []
+    head += ["accepted / verify", "p", "texts as baseline"]
     lines = []
     for r in rows:
-        accepted = "" if r["accepted_per_verify"] is None else f"{r['accepted_per_verify']:.1f}"
         kinds = ", ".join(f"{r['by_kind'][k]:.3f}" for k in KINDS)
         same = "" if r["same"] is None else f"{r['same']} / {r['problems']}"
         p = "" if r.get("p") is None else f"{r['p']:.2g}"
-        lines.append([r["setting"], _percent(r), f"{r['forwards_per_token']:.3f}", kinds, accepted, p, same])
+        by_lane = [*_by_lane(r), _one_digit(r.get("mean_acceptance_length"))] if differ else []
+        cost = [f"{r['forwards_per_token']:.3f}", kinds, *by_lane, _one_digit(r["accepted_per_verify"])]
+        lines.append([r["setting"], _percent(r), *cost, p, same])
     return _table(head, lines)
+
+
+def _one_digit(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def winners_table(rows: list[dict], results: dict) -> Iterator[str]:
-    """Plain against speculative at equal accuracy, by forwards."""
-    head = [
-        "family",
-        "task",
-        "accuracy of the baseline",
-        "accuracy asked",
-        "plain diffusion",
-        "S2D2",
-        "S2D2 is cheaper by",
-    ]
+    """Plain against speculative decoding at equal accuracy, by the work they do."""
+    method = method_of(rows)
+    head = ["family", "task", "accuracy of the baseline", "accuracy asked", "plain diffusion", method]
+    head.append(f"{method} is cheaper by")
     lines = []
     for w in winners(rows, results["grid"]["baseline"]):
-        if w["cost"] == "forwards / token":
+        if w["cost"] != "seconds":
             gain = "" if w["gain"] is None else f"**{w['gain']:.2f} x**" if w["gain"] > 1 else f"{w['gain']:.2f} x"
             asked = "the same or more" if w["bar"] == "at least" else "not significantly less"
-            lines.append(
-                [
-                    w["family"],
-                    w["task"],
-                    _percent(w["baseline"]),
-                    asked,
-                    _cell(w["plain"]),
-                    _cell(w["speculative"]),
-                    gain,
-                ]
-            )
+            shown = [_cell(w[kind], w["cost"]) for kind in ("plain", "speculative")]
+            lines.append([w["family"], w["task"], _percent(w["baseline"]), asked, *shown, gain])
     return _table(head, lines)
 
 
-def _cell(row: dict | None) -> str:
-    return (
-        "none" if row is None else f"{row['setting']}: {100 * row['accuracy']:.1f} % at {row['forwards_per_token']:.3f}"
-    )
+def _cell(row: dict | None, cost: str) -> str:
+    if row is None:
+        return "none"
+    unit = " ms" if cost.startswith("floor") else ""
+    return f"{row['setting']}: {100 * row['accuracy']:.1f} % at {COSTS[cost](row):.3f}{unit}"
 
 
 def families_table(rows: list[dict], results: dict) -> Iterator[str]:
     """One line a family and setting; accuracy on every task, cost over all of them."""
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    head = [
-        "family",
-        "setting",
-        *(f"{t} %" for t in tasks),
-        "forwards / token",
-        "accepted / verify",
-        "lossless",
-    ]
+    differ = lanes_differ(rows)
+    head = ["family", "setting", *(f"{t} %" for t in tasks), "forwards / token"]
+    head += [*(BY_LANE if differ else []), "accepted / verify", "lossless"]
+    several = len({r.get("lossless_relative_to") for r in rows}) > 1
     lines = []
     for family, setting in dict.fromkeys((r["family"], r["setting"]) for r in rows):
         here = {r["task"]: r for r in rows if (r["family"], r["setting"]) == (family, setting)}
-        tokens, verifies = sum(r["tokens"] for r in here.values()), sum(r["verifies"] for r in here.values())
-        forwards = sum(r["forwards_per_token"] * r["tokens"] for r in here.values()) / tokens
-        taken = sum((r["accepted_per_verify"] or 0) * r["verifies"] for r in here.values())
         cells = [f"{100 * here[t]['accuracy']:.1f}" if t in here else "" for t in tasks]
+        over = over_tasks(list(here.values()))
+        cost = [f"{over['forwards_per_token']:.3f}", *(_by_lane(over) if differ else [])]
         lossless = "yes" if all(r["lossless"] for r in here.values()) else "no"
-        lines.append(
-            [
-                family,
-                setting,
-                *cells,
-                f"{forwards:.3f}",
-                f"{taken / verifies:.1f}" if verifies else "",
-                lossless,
-            ]
-        )
+        if several:
+            lossless += f" (relative to {next(iter(here.values())).get('lossless_relative_to')})"
+        lines.append([family, setting, *cells, *cost, _one_digit(over["accepted_per_verify"]), lossless])
     return _table(head, lines)
+
+
+def over_tasks(rows: list[dict]) -> dict:
+    """The cost of one setting over all its tasks, a token each counting the same; a figure that a row lacks is None."""
+    tokens, verifies = sum(r["tokens"] for r in rows), sum(r["verifies"] for r in rows)
+
+    def mean(of: Callable[[dict], float | None]) -> float | None:
+        values = [of(r) for r in rows]
+        return None if None in values else sum(v * r["tokens"] for v, r in zip(values, rows, strict=True)) / tokens
+
+    lanes = dict.fromkeys(lane for r in rows for lane in lanes_of_row(r))
+    taken = sum((r["accepted_per_verify"] or 0) * r["verifies"] for r in rows)
+    return {
+        "forwards_per_token": mean(lambda r: r["forwards_per_token"]),
+        "lane_forwards_per_token": {lane: mean(lambda r, lane=lane: lanes_of_row(r).get(lane, 0.0)) for lane in lanes},
+        "floor_seconds_per_token": mean(lambda r: r.get("floor_seconds_per_token")),
+        "accepted_per_verify": taken / verifies if verifies else None,
+    }
 
 
 TABLES = {"rows": rows_table, "winners": winners_table, "families": families_table}

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from shared.network.sizes import expert_layers, sizes_of
+from shared.output import Work
+from shared.trace import Spent
 
 # Memory bandwidth of the datasheets, in TB/s, by the name that CUDA gives the device.
 DATASHEET = {
@@ -56,6 +60,17 @@ class Machine:
     read: float
     rate: float
 
+    def floor(self, work: Work) -> float:
+        """The seconds that ``work`` takes at the least."""
+        return work.floor(self.read, self.rate)
+
+    def to_json(self) -> dict:
+        return {"name": self.name, "read_bytes_per_second": self.read, "operations_per_second": self.rate}
+
+    @classmethod
+    def from_json(cls, found: dict) -> Machine:
+        return cls(found["name"], found["read_bytes_per_second"], found["operations_per_second"])
+
     def of_datasheet(self, bytes_per_second: float) -> float | None:
         """That share of the bandwidth in the device's datasheet; None where it is not known, as of a CPU."""
         return bytes_per_second / (1e12 * DATASHEET[self.name]) if self.name in DATASHEET else None
@@ -78,28 +93,11 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a forward must move and compute."""
-
-    read_bytes: float
-    operations: float
-
-    def floor(self, machine: Machine) -> float:
-        """Seconds."""
-        return max(self.read_bytes / machine.read, self.operations / machine.rate)
-
-
-@dataclass(frozen=True)
 class Touched:
     """What a forward asks of its experts, over all layers: how many of them run, and for how many pairs of a token and an expert."""
 
     experts: float = 0.0
     pairs: float = 0.0
-
-
-def expert_layers(model) -> list[nn.Module]:
-    """The modules that hold experts: each has a router ``gate``, and ``experts`` in stacks."""
-    return [m for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
 
 
 def touched_experts(model, forwards: list[Callable[[], Tensor]]) -> Touched:
@@ -115,13 +113,6 @@ def touched_experts(model, forwards: list[Callable[[], Tensor]]) -> Touched:
     return Touched(experts / len(forwards), pairs / len(forwards))
 
 
-def expert_sizes(model) -> tuple[int, int]:
-    """Weights of all experts, and of one."""
-    stacks = [list(layer.experts.parameters()) for layer in expert_layers(model)]
-    one = sum(p[0].numel() for p in stacks[0]) if stacks else 0
-    return sum(p.numel() for layer in stacks for p in layer), one
-
-
 def forward_work(
     model,
     *,
@@ -135,18 +126,14 @@ def forward_work(
 ) -> Work:
     """A decoder's forward over ``entries`` of ``tokens`` each with ``context`` cached tokens; ``logits`` positions in all reach the head.
 
-    ``rows``: of the cache that the entries share (default: one each); what is cached of a row is read once. ``causal``: about half of the local query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and run.
+    ``rows``: of the cache that the entries share (default: one each); what is cached of a row is read once. ``causal``: about half of the local
+    query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and run.
     """
-    config, size, touched = model.config, torch.empty(0, dtype=model.dtype).element_size(), touched or Touched()
-    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight.numel()
-    head = model.lm_head.weight.numel()
-    every = sum(p.numel() for p in model.parameters())
-    stacked, expert = expert_sizes(model)
-    body = every - embedding - stacked - (0 if config.tie_word_embeddings else head)
-    narrow = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    wide = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    sizes, touched = sizes_of(model), touched or Touched()
     pairs = entries * tokens * (context + tokens / (2 if causal else 1))
-    weights = body + touched.experts * expert + (head if logits else 0)
-    read = (weights + 2 * (rows or entries) * context * narrow) * size
-    operations = 2 * (body * entries * tokens + expert * touched.pairs) + 2 * head * logits + 4 * pairs * wide
-    return Work(read, operations)
+    spent = Spent(1, entries * tokens, logits, (rows or entries) * context, pairs)
+    dense = replace(sizes, expert_layers=0).work(spent)  # experts are those that were measured, not those expected
+    return Work(
+        dense.read_bytes + touched.experts * sizes.expert * sizes.number_bytes,
+        dense.operations + 2 * sizes.expert * touched.pairs,
+    )

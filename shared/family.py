@@ -95,10 +95,10 @@ class DecoderSetting:
 @dataclass(frozen=True, slots=True)
 class Timed:
     """What the benchmark times of a network: ``forwards(block_length, device)`` are the `shared.network.timed.Forward` worth timing, ``kinds(block_length)``
-    the `shared.gpu.graphs.Shape` that its decoders have captured (None: those that follow from the block length)."""
+    the `shared.gpu.graphs.Shape` that its decoders have captured."""
 
     forwards: str
-    kinds: str | None = None
+    kinds: str
 
 
 @dataclass(frozen=True, slots=True)

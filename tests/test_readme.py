@@ -215,6 +215,13 @@ def test_the_tree_is_true_and_whole():
     assert listed == there
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if "\n## Files\n" in p.read_text()], ids=named)
+def test_listed_files_are_there(page):
+    listed = re.search(r"\n## Files\n\n```text\n(.*?)```", page.read_text(), re.DOTALL)[1].splitlines()
+    assert len(listed) > 5
+    assert [line for line in listed if not (page.parent / line.split()[0]).exists()] == []
+
+
 def prose(page: Path) -> list[str]:
     """The lines of a page outside code, tables and comments."""
     fence, found = "", []

@@ -33,15 +33,20 @@ function mcnemar(first, second) {
   return { better, worse, p: Math.min(1, 2 * tail) };
 }
 
-/** What decided a position: a draft filled by the rule is "confident" above the threshold, else the step's "fallback". */
+/** What decided a position: a draft filled by the rule is "confident" above the threshold (if there is one), else the step's "fallback". */
 function decidedBy(how, confidence, threshold) {
   if (how !== "unmasked") return how === "kept" ? "fallback" : how;
+  if (threshold === null) return "fallback";
   return confidence > threshold ? "confident" : "fallback";
 }
 
-/** The steps of a decode in order: positions decided (in their order), edits, the verify `[span, accepted]` or null, and the forwards spent after it. */
+/** The steps of a decode in order: positions decided (in their order), edits, the verifies as `[span, accepted]` together or null, and the forwards spent after it. */
 function framesOf(replay) {
-  const verified = new Map(replay.verified.map(([step, span, accepted]) => [step, [span, accepted]]));
+  const verified = new Map();
+  for (const [step, span, accepted] of replay.verified) {
+    const before = verified.get(step) || [0, 0, 0];
+    verified.set(step, [before[0] + span, before[1] + accepted, before[2] + 1]);
+  }
   const edits = replay.edits || [];
   const last = Math.max(-1, ...replay.step, ...verified.keys(), ...edits.map((e) => e[0]));
   const frames = [];
@@ -49,8 +54,9 @@ function framesOf(replay) {
   for (let step = 0; step <= last; step++) {
     const positions = replay.step.map((s, at) => [s, at]).filter(([s]) => s === step).map(([, at]) => at);
     positions.sort((a, b) => replay.rank[a] - replay.rank[b]);
-    const verify = verified.get(step) || null;
-    forwards += verify ? 2 : 1;
+    const [span, accepted, verifies] = verified.get(step) || [0, 0, 0];
+    const verify = verifies ? [span, accepted] : null;
+    forwards += 1 + verifies;
     frames.push({ positions, edits: edits.filter((e) => e[0] === step), verify, forwards });
   }
   return frames;
@@ -140,6 +146,17 @@ function forwardsCell(make, rows, row) {
   return make("td", { class: "number", title }, make("span", { text: row.forwards_per_token.toFixed(3) }), bar);
 }
 
+/** Forwards per token of each lane. */
+function byLane(row) {
+  return Object.entries(row.lane_forwards_per_token || {}).map(([lane, n]) => `${lane} ${n.toFixed(3)}`).join(", ");
+}
+
+/** Whether the text keeps what it is compared with, and why or why not. */
+function losslessTitle(row) {
+  if (!row.lossless_reason) return null;
+  return `${row.lossless ? "as" : "not as"} ${row.lossless_relative_to}: ${row.lossless_reason}`;
+}
+
 /** A number with so many digits, or nothing. */
 function plainCell(make, value, digits) {
   return make("td", { class: "number", text: value === null || value === undefined ? "" : value.toFixed(digits) });
@@ -153,15 +170,21 @@ function mountTable(data, { make, find, fill, unique, named }) {
     { title: "setting", of: (r) => named(r), cell: (r) => make("td", { class: "name", text: named(r) }) },
     { title: "accuracy %", of: (r) => r.accuracy, cell: (r) => accuracyCell(make, ofTask(), r), down: true },
     { title: "forwards / token", of: (r) => r.forwards_per_token, cell: (r) => forwardsCell(make, ofTask(), r) },
+    ...(data.by_lane ? [
+      { title: "by lane", of: byLane, cell: (r) => make("td", { text: byLane(r) }) },
+      { title: "floor ms / token", of: (r) => (r.floor_seconds_per_token === null ? null : 1000 * r.floor_seconds_per_token), digits: 4 },
+    ] : []),
     { title: "accepted / verify", of: (r) => r.accepted_per_verify, digits: 1, down: true },
+    { title: "tokens / verify", of: (r) => r.mean_acceptance_length, digits: 1, down: true },
     { title: "tokens/s", of: (r) => r.tokens_per_second, digits: 0, down: true },
     { title: "solves and the other does not", of: (r) => (test(r) || {}).better, digits: 0, down: true },
     { title: "the other way round", of: (r) => (test(r) || {}).worse, digits: 0 },
     { title: "p", of: (r) => (test(r) || {}).p, cell: (r) => make("td", { class: "number", text: shownP((test(r) || {}).p) }) },
     { title: "texts as baseline", of: (r) => r.same, digits: 0, down: true },
-    { title: "lossless", of: (r) => String(r.lossless), cell: (r) => make("td", { text: r.lossless ? "yes" : "" }) },
+    { title: "lossless", of: (r) => String(r.lossless), cell: (r) => make("td", { text: r.lossless ? "yes" : "", title: losslessTitle(r) }) },
   ];
-  let sorted = { column: columns[2], descending: false };
+  const cost = data.by_lane ? "floor ms / token" : "forwards / token";
+  let sorted = { column: columns.find((c) => c.title === cost), descending: false };
 
   function draw() {
     const wanted = find("filter").value.toLowerCase();
@@ -298,7 +321,7 @@ function mountReplay(data, { make, find, fill, unique, named }) {
 }
 
 if (typeof module !== "undefined") {
-  module.exports = { sortRows, mcnemar, decidedBy, framesOf, framesDone, tokensAfter, nextMoment, shownP };
+  module.exports = { sortRows, mcnemar, decidedBy, framesOf, framesDone, tokensAfter, nextMoment, shownP, byLane, losslessTitle };
 } else {
   mount(document, JSON.parse(document.getElementById("data").textContent));
 }

@@ -1,8 +1,10 @@
-"""Triton kernels of a mixture-of-experts layer (`shared.network.experts` is their plain twin): route, bucket, two grouped products, combine.
+"""Triton kernels of a mixture-of-experts layer: route, bucket, two grouped products, combine.
+
+The naive twin of `route` is `shared.network.experts.group_limited_top_k`, that of the products `mix_chosen` beside it; the others stand here.
 
 Which experts run is decided and used on the device: no host read, the same launches whatever the routing, and therefore fit for CUDA graphs. Sums have
 a fixed order, so a replay repeats an eager forward bit for bit. E experts of width m, N tokens of K experts each; a *pair* is a token and
-one of its experts, ``pair = token * K + place``.
+one of its experts, ``pair = token * K + rank``, the rank being the expert's among the token's own.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from shared.gpu.triton_ops import jit, launch_options, pow2, shared_memory, tl, triton
+from shared.gpu.launch import jit, launch_options, pow2, shared_memory, tl, triton
+from shared.gpu.norm import rms_norm_naive
 
 
 @jit
@@ -47,22 +51,22 @@ def _route_kernel(
         kept = kept | (group == tl.min(tl.where(rest == tl.max(rest, 0), group, BLOCK_G), 0))
     choice = tl.where(kept[:, None], choice, float("-inf"))
 
-    place = tl.arange(0, BLOCK_K)
+    rank = tl.arange(0, BLOCK_K)
     chosen = tl.zeros([BLOCK_K], tl.int32)
     share = tl.zeros([BLOCK_K], tl.float32)
     for k in tl.static_range(TOP_K):
         top = tl.max(tl.max(choice, 1), 0)
         expert = tl.min(tl.min(tl.where(choice == top, index, count), 1), 0)
         mine = index == expert
-        chosen = tl.where(place == k, expert, chosen)
-        share = tl.where(place == k, tl.sum(tl.sum(tl.where(mine & real, score, 0.0), 1), 0), share)
+        chosen = tl.where(rank == k, expert, chosen)
+        share = tl.where(rank == k, tl.sum(tl.sum(tl.where(mine & real, score, 0.0), 1), 0), share)
         choice = tl.where(mine, float("-inf"), choice)
     if TOP_K > 1:
         share = share / (tl.sum(share, 0) + 1e-20)
-    where = token * TOP_K + place
+    where = token * TOP_K + rank
     # Where a score is no number nothing equals the best: any expert will do, as long as it exists.
-    tl.store(experts + where, tl.minimum(chosen, count - 1), mask=place < TOP_K)
-    tl.store(weights + where, share * scale, mask=place < TOP_K)
+    tl.store(experts + where, tl.minimum(chosen, count - 1), mask=rank < TOP_K)
+    tl.store(weights + where, share * scale, mask=rank < TOP_K)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Unscaled:
-    """Sums of squares ``[parts, stride]`` of the rows whose norm has not been divided yet (see `shared.gpu.triton_ops`), and the norm's sizes."""
+    """Sums of squares ``[parts, stride]`` of the rows whose norm has not been divided yet (see `shared.gpu.matmul`), and the norm's sizes."""
 
     squares: Tensor
     parts: int
@@ -149,6 +153,12 @@ def bucket(experts: Tensor, count: int, *, overlap: bool = False) -> tuple[Tenso
         **launch_options(overlap, 4, 1),
     )
     return order, starts
+
+
+def bucket_naive(experts: Tensor, count: int, *, overlap: bool = False) -> tuple[Tensor, Tensor]:
+    flat = experts.flatten()
+    ends = torch.bincount(flat, minlength=count).cumsum(0)
+    return flat.sort(stable=True).indices.int(), F.pad(ends, (1, 0)).int()
 
 
 @jit
@@ -252,7 +262,7 @@ def grouped_matmul(
 
 
 def grouped_plan(tokens: int, top_k: int, weight: Tensor, gated: bool = False) -> GroupedPlan:
-    """Tiles for ``weight [E, n, d]`` as measured on an H200: wide enough that the weights of most experts are read once."""
+    """Tiles for ``weight [E, n, d]`` as measured on an H200: of so many pairs that the weights of most experts are read once."""
     mean = tokens * top_k / len(weight)
     if weight.dtype != torch.bfloat16:
         return GroupedPlan(32, 32, 16, stages=2)
@@ -325,3 +335,24 @@ def combine(
         **launch_options(overlap, 8, 1),
     )  # fmt: skip
     return normed
+
+
+def combine_naive(
+    parts: Tensor,
+    weights: Tensor,
+    shared: Tensor | None,
+    x: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float | None = None,
+    squares: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    total = (parts.view(*weights.shape, -1).double() * weights[..., None]).sum(1).to(x.dtype)
+    if shared is not None:
+        total = (total.double() + shared.double()).to(x.dtype)
+    x.copy_(x.double() + total.double())
+    if squares is None:
+        return rms_norm_naive(x, norm_weight, eps)
+    squares[0, : len(x)] = x.double().square().sum(-1)
+    return (x.double() * norm_weight.double()).to(x.dtype)

@@ -1,11 +1,11 @@
-"""The likeliest token of every row of logits, and how likely it is, in one pass over them (Triton)."""
+"""The likeliest token of every row of logits, and how likely it is, in one pass over them, beside its naive twin."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from shared.gpu.triton_ops import available, jit, tl, triton
+from shared.gpu.launch import available, jit, pow2, tl, triton
 
 _BLOCK = 2048  # logits a program looks at a time
 _PROGRAMS = 264  # two for each processor of a large GPU
@@ -36,9 +36,9 @@ def _likeliest_part_kernel(logits, best, at, total, vocabulary, STEPS: tl.conste
 
 
 @jit
-def _likeliest_kernel(best, at, total, ids, probs, PARTS: tl.constexpr, WIDE: tl.constexpr):
+def _likeliest_kernel(best, at, total, ids, probs, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    part = tl.arange(0, WIDE)
+    part = tl.arange(0, BLOCK)
     high = tl.load(best + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
     mass = tl.load(total + row * PARTS + part, mask=part < PARTS, other=0.0)
     top, index = tl.max(high, 0, return_indices=True)
@@ -64,5 +64,12 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
         _likeliest_part_kernel[(rows, parts)](
             logits, best, at, total, vocabulary, STEPS=steps, BLOCK=_BLOCK, num_warps=8
         )
-        _likeliest_kernel[(rows,)](best, at, total, ids, probs, PARTS=parts, WIDE=triton.next_power_of_2(parts))
+        _likeliest_kernel[(rows,)](best, at, total, ids, probs, PARTS=parts, BLOCK=pow2(parts))
     return ids, probs
+
+
+def greedy_naive(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch's own operations, for any logits on any device."""
+    logits = logits.float()
+    best, ids = logits.max(-1)
+    return ids, (best - logits.logsumexp(-1)).exp()

@@ -192,6 +192,8 @@ class CheckpointModel(nn.Module):
     config: Any
     folder: Path | None = None  # where it was loaded from
     engine: Any = None  # the engine its last decode left here, with its graphs; whoever owns the model owns it
+    fast_class: str = "shared.gpu.fast:FastForward"  # "module:Class" that runs it on a GPU
+    last_fast: object | None = None  # kept by `shared.gpu.fast.fast_forward_of`
 
     @property
     def device(self) -> torch.device:

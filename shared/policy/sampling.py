@@ -52,9 +52,7 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """``(ids [...], probability of each [...])`` of the most likely tokens of ``logits [..., V]``."""
     if logits.is_cuda and triton_sampling.serves(logits):
         return triton_sampling.greedy(logits)
-    logits = logits.float()
-    best, ids = logits.max(-1)
-    return ids, (best - logits.logsumexp(-1)).exp()
+    return triton_sampling.greedy_naive(logits)
 
 
 def sample(

@@ -219,6 +219,9 @@ def result_of(index: int, record: dict, completion: Completion) -> dict:
         "text": completion.text,
         "token_ids": completion.tokens,
         "forwards": completion.trace.forwards,
+        "lane_forwards": {
+            lane: sum(spent.forwards for spent in kinds.values()) for lane, kinds in completion.trace.lanes.items()
+        },
         "decided": completion.trace.counts(),
         "seconds": round(completion.seconds, 4),
     }
@@ -278,6 +281,11 @@ def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | Non
             f"{name:{width}s}  {out.token_count:6d}  {cost}         ({kinds})  {accepted:>15s}  "
             f"{out.tokens_per_second:8.1f}  {right:>6s}"
         )
+    if len({lane for out in rows.values() for lane in out.lanes}) > 1:
+        lines += ["", f"{'forwards/token by lane':{width}s}"]
+        for name, out in rows.items():
+            lanes = ", ".join(f"{lane} {n:.3f}" for lane, n in out.lane_forwards_per_token.items())
+            lines.append(f"{name:{width}s}  {lanes}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,24 @@ test("a step costs a forward, a verified one two, an idle one too", () => {
   assert.equal(frames[1].verify, null);
 });
 
+test("several verifies in a step cost a forward each", () => {
+  const frames = report.framesOf({ ...REPLAY, verified: [[0, 5, 2], [0, 3, 3], [3, 1, 0]] });
+  assert.deepEqual(frames.map((f) => f.forwards), [3, 4, 5, 7]);
+  assert.deepEqual(frames.map((f) => f.verify), [[8, 5], null, null, [1, 0]]);
+});
+
+test("forwards by lane and losslessness in words", () => {
+  assert.equal(report.byLane({ lane_forwards_per_token: { target: 0.25, drafter: 1 } }), "target 0.250, drafter 1.000");
+  assert.equal(report.byLane({}), "");
+  assert.equal(report.losslessTitle({ lossless: true, lossless_reason: "why", lossless_relative_to: "block size one" }), "as block size one: why");
+  assert.equal(report.losslessTitle({ lossless: null }), null);
+});
+
+test("without a threshold what the rule fills is a fallback", () => {
+  const tokens = report.tokensAfter({ ...REPLAY, threshold: null }, report.framesOf(REPLAY), 4);
+  assert.deepEqual(tokens.map((t) => t.by), ["accepted", "accepted", "fallback", "resampled", "fallback"]);
+});
+
 test("tokens appear in decoding order with what decided them", () => {
   const frames = report.framesOf(REPLAY);
   const at = (done) => report.tokensAfter(REPLAY, frames, done).map((t) => (t ? t.by : "-"));

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from eval import benchmark
-from eval.roofline import Machine, Touched, Work, forward_work, touched_experts
+from eval.roofline import Machine, Touched, forward_work, touched_experts
 from eval.shapes import family_of, shapes
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
 from shared.family import FAMILIES
 from shared.gpu.graphs import Shape
+from shared.output import Lossless, Output, Work
+from shared.trace import Spent
 from tests.family_checks import golden_folder
 
 SMALL = ["--device", "cpu", "--batch", "1", "2", "--new_tokens", "32", "--context", "16", "--prefill", "32"]
@@ -108,8 +110,8 @@ def test_floor_by_hand():
     work = forward_work(model, entries=3, tokens=5, logits=7, context=11)
     assert work.read_bytes == 4 * (body + 40) + 2 * 3 * 11 * (2 * 4) * 4
     assert work.operations == 2 * body * 15 + 2 * 40 * 7 + 4 * (3 * 5 * (11 + 5)) * (2 * 4)
-    assert work.floor(Machine("slow reader", read=1.0, rate=1e9)) == work.read_bytes
-    assert work.floor(Machine("slow calculator", read=1e9, rate=1.0)) == work.operations
+    assert Machine("slow reader", read=1.0, rate=1e9).floor(work) == work.read_bytes
+    assert Machine("slow calculator", read=1e9, rate=1.0).floor(work) == work.operations
     riding = forward_work(model, entries=3, tokens=5, logits=7, context=11, rows=2)
     assert riding.read_bytes == 4 * (body + 40) + 2 * 2 * 11 * (2 * 4) * 4, "what is cached of a row is read once"
     assert riding.operations == work.operations
@@ -165,6 +167,13 @@ def test_a_named_shape_has_the_released_sizes(shape, size):
     assert 2 * sum(p.numel() for p in model.parameters()) == pytest.approx(
         size, rel=1e-4 if size > 4e10 or size < 3e10 else 0.01
     )
+
+
+def test_time_without_graphs_is_each_lanes_forwards_times_one_of_its_kind():
+    spent = {"target": {"prefill": Spent(1), "verify": Spent(3)}, "drafter": {"draft": Spent(5), "commit": Spent(2)}}
+    output = Output([], 1.0, Lossless(True, ""), spent)
+    times = {("target", 4, "verify"): 2.0, ("drafter", 4, "draft"): 0.5, ("drafter", 1, "draft"): 9.0}
+    assert benchmark.seconds_by_kind(output, times, 4) == 3 * 2.0 + 5 * 0.5 + 2 * 0.5
 
 
 def test_time_in_graphs_is_each_shape_times_its_replays(monkeypatch):

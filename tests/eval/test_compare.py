@@ -19,10 +19,13 @@ from eval.docs import refreshed
 from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.records import trace_of
+from eval.roofline import Machine
 from eval.stats import mcnemar, wilson
+from sdar import SDARForCausalLM
 from shared.errors import UserError
+from shared.network.sizes import sizes_of
 from shared.output import Completion
-from shared.trace import Trace
+from shared.trace import Spent, Trace, Verify
 
 ROOT = Path(__file__).parents[2]
 GRIDS = sorted((ROOT / "eval" / "grids").glob("*.yaml"))
@@ -118,9 +121,30 @@ def test_what_is_measured(measured):
     assert exact["accuracy"] == one["accuracy"] == sum(map(int, one["solved"])) / 4
     assert rows["plain 0.6"]["forwards_per_token"] < exact["forwards_per_token"] < 1 < one["forwards_per_token"]
     assert sum(exact["by_kind"].values()) == pytest.approx(exact["forwards_per_token"])
-    assert exact["accepted_per_verify"] > 1
+    assert exact["mean_acceptance_length"] > exact["accepted_per_verify"] > 1
+    assert exact["lane_forwards_per_token"] == {"model": pytest.approx(exact["forwards_per_token"])}
+    assert all(r["floor_seconds_per_token"] > 0 for r in rows.values())
+    assert exact["lossless_reason"].startswith("every token is verified")
+    assert exact["lossless_relative_to"] == "block size one"
     with (measured / "results.csv").open() as file:
         assert [line["setting"] for line in csv.DictReader(file)] == list(rows)
+
+
+def test_work_is_that_of_the_networks_sizes(measured):
+    """The floor of a cell is that of its lanes' work on the machine, which was measured once."""
+    found = json.loads((measured / "results.json").read_text())
+    machine = Machine.from_json(found["machine"])
+    assert machine == compare.machine_in(measured)
+    (cell,) = (c for c in compare.cells_in(measured) if c["setting"] == "exact")
+    (row,) = (r for r in found["rows"] if r["setting"] == "exact")
+    sizes = sizes_of(SDARForCausalLM.from_pretrained("SDAR/tiny", dtype="float32"))
+    seconds = 0.0
+    for kind, spent in cell["lanes"]["model"].items():
+        work = sizes.work(Spent(**spent))
+        assert cell["work"]["model"][kind] == work._asdict()
+        seconds += machine.floor(work)
+    assert row["floor_seconds_per_token"] == pytest.approx(seconds / row["tokens"])
+    assert sum(s["forwards"] for s in cell["lanes"]["model"].values()) == sum(cell["forwards"].values())
 
 
 def test_traces_calibrate_and_replay(measured):
@@ -138,7 +162,7 @@ def test_traces_calibrate_and_replay(measured):
 
 def test_edits_are_kept_from_the_prompt_on():
     trace = Trace(prompt_length=2, block_length=4, token_ids=[1, 2, 7, 8, 9], step_of=[-1, -1, 3, 3, 4], how_of=[1, 1, 2, 2, 2],
-                  rank_of=[0, 0, 0, 1, 0], confidence_of=[0, 0, 0.5, 0.6, 0.7], verified_span=[0, 0, 0, 0, 3], accepted=[0, 0, 0, 0, 1],
+                  rank_of=[0, 0, 0, 1, 0], confidence_of=[0, 0, 0.5, 0.6, 0.7], steps=5, verifies=[Verify(4, 4, 3, 1)],
                   edits=[(5, 3, 6, 8), (5, 4, 4, 9)])  # fmt: skip
     kept = trace_of(Completion(0, [7, 8], trace, 0.0, 0))
     assert kept["edits"] == [[5, 1, 6, 8]], "the token behind the text's end is not shown"
@@ -209,6 +233,55 @@ def test_winners_are_the_cheapest_at_equal_accuracy():
     assert strict["gain"] == pytest.approx(1.6)
     assert loose["plain"]["setting"] == "plain noise"
     assert loose["gain"] == pytest.approx(0.8)
+
+
+def by_lane(row, floor, **lanes):
+    return row | {"lane_forwards_per_token": lanes, "floor_seconds_per_token": floor, "mean_acceptance_length": 3.25, "low": 0.0, "high": 1.0,
+                  "by_kind": dict.fromkeys(results.KINDS, 0.1), "accepted_per_verify": 2.25, "tokens": 10, "problems": 4, "same": None, "lossless": True,
+                  "lossless_relative_to": "the target's own decoding"}  # fmt: skip
+
+
+def test_lanes_are_ranked_by_the_work_they_do(measured):
+    """A drafter runs often and costs little: fewer forwards lose, the lower floor wins."""
+    plain = by_lane(contestant("target alone", 0.9, 1.0), 0.004, target=1.0)
+    spec = by_lane(contestant("drafted", 0.9, 2.0, 5), 0.001, target=0.4, drafter=1.6)
+    (strict, *_) = results.winners([plain, spec], "target alone")
+    assert (strict["cost"], strict["gain"]) == ("floor ms / token", pytest.approx(4.0))
+    unknown = [r | {"floor_seconds_per_token": None} for r in (plain, spec)]
+    assert results.winners(unknown, "target alone")[0]["gain"] == pytest.approx(0.5), "no floor: forwards"
+    same = [r | {"lane_forwards_per_token": {"model": 1.0}} for r in (plain, spec)]
+    assert results.winners(same, "target alone")[0]["cost"] == "forwards / token"
+
+    found = {"grid": {"baseline": "target alone"}}
+    rows = list(results.rows_table([plain, spec], found))
+    assert "| forwards / token by lane | floor ms / token | tokens / verify |" in rows[0]
+    assert "| target 0.400, drafter 1.600 | 1.000 | 3.2 |" in rows[3]
+    assert "lane" not in next(results.rows_table(same, found))
+    assert list(results.winners_table([plain, spec], found))[2].endswith(
+        "| target alone: 90.0 % at 4.000 ms | drafted: 90.0 % at 1.000 ms | **4.00 x** |"
+    )
+    other = by_lane(contestant("drafted", 0.8, 1.0, 5, task="u"), 0.003, target=0.2, drafter=0.8)
+    line = list(results.families_table([plain, spec, other], found))[3]
+    assert line == "| F | drafted | 90.0 | 80.0 | 1.500 | target 0.300, drafter 1.200 | 2.000 | 2.2 | yes |"
+    own = plain | {"lossless_relative_to": "block size one"}
+    assert list(results.families_table([own, spec], found))[3].endswith("yes (relative to the target's own decoding) |")
+
+    results.write_csv(measured / "lanes.csv", [plain, spec])
+    with (measured / "lanes.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert (first["target_forwards_per_token"], first["drafter_forwards_per_token"]) == ("1.0", "")
+    assert (second["drafter_forwards_per_token"], second["floor_seconds_per_token"]) == ("1.6", "0.001")
+
+
+def test_rows_recorded_before_lanes_make_the_tables_they_made():
+    """Their keys are those of the first records."""
+    old = contestant("drafted", 0.9, 0.5, 5) | {"low": 0.0, "high": 1.0, "by_kind": dict.fromkeys(results.KINDS, 0.1), "accepted_per_verify": 2.25,
+                                               "tokens": 10, "problems": 4, "same": 3, "lossless": True}  # fmt: skip
+    found = {"grid": {"baseline": "drafted"}}
+    assert [len(list(table([old], found))) for table in results.TABLES.values()] == [3, 4, 3]
+    assert results.costs_of([old]) == ["forwards / token", "seconds"]
+    results_row = list(results.rows_table([old], found))[2]
+    assert results_row == "| drafted | 90.0 (0.0 to 100.0) | 0.500 | 0.100, 0.100, 0.100, 0.100 | 2.2 | 1 | 3 / 4 |"
 
 
 def test_tables_of_what_was_measured(measured):

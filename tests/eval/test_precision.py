@@ -13,6 +13,8 @@ from shared.family import FAMILIES
 from shared.options import Runtime
 from tests.family_checks import golden_folder
 
+TIMED = FAMILIES["SDAR"].timed["model"]
+
 
 def load(dtype: str, device: str = "cpu"):
     return SDARForCausalLM.from_pretrained(golden_folder("SDAR") / "model", dtype=dtype, device=device)
@@ -27,12 +29,12 @@ def test_rounding_is_seen_and_small(capsys):
 
 def test_a_wrong_network_is_seen():
     model = load("float32")
-    right = precision.log_probabilities(model, Runtime(fast=False), 24, 8)
+    right = precision.log_probabilities(model, TIMED, Runtime(fast=False), 24, 8)
     assert right.shape == (16, model.config.vocab_size)
-    assert torch.equal(right, precision.log_probabilities(model, Runtime(fast=False), 24, 8))
+    assert torch.equal(right, precision.log_probabilities(model, TIMED, Runtime(fast=False), 24, 8))
     with torch.no_grad():
         model.model.layers[0].self_attn.q_norm.weight.mul_(1.5)
-    wrong = precision.log_probabilities(model, Runtime(fast=False), 24, 8)
+    wrong = precision.log_probabilities(model, TIMED, Runtime(fast=False), 24, 8)
     assert (wrong - right).abs().mean() > 1e-3
 
 
@@ -40,5 +42,5 @@ def test_a_wrong_network_is_seen():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_fast_bfloat16_is_as_near_to_float32_as_plain_bfloat16():
     models = precision.random_models(FAMILIES["SDAR"], "sdar-8b", torch.device("cuda"), torch.bfloat16)
-    rows = precision.differences(models["model"], 512, 16)
+    rows = precision.differences(models["model"], TIMED, 512, 16)
     assert rows["fast"]["mean"] <= precision.TOLERANCE * rows["plain"]["mean"]

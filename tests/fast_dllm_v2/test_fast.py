@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
-from fast_dllm_v2.fast import FastFastdLLM
 from tests import fast_checks as checks
 from tests.fast_checks import needs_gpu, needs_kernels
 
@@ -26,7 +25,7 @@ def _model(dtype=torch.float32, **overrides) -> Fast_dLLM_QwenForCausalLM:
 @pytest.mark.parametrize("window", ["draft", "causal", "prefill", "inside a block", "behind a block"])
 def test_matches_the_plain_forward(window, tie):
     model = _model(tie_word_embeddings=tie)
-    checks.matches_the_plain_forward(model, FastFastdLLM(model), window, 1e-5)
+    checks.matches_the_plain_forward(model, window, 1e-5)
 
 
 @needs_gpu
@@ -34,14 +33,14 @@ def test_matches_the_plain_forward(window, tie):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_match(rows, dtype):
     model = _model(dtype)
-    checks.batches_match(model, FastFastdLLM(model), rows)
+    checks.batches_match(model, rows)
 
 
 @needs_kernels
 @pytest.mark.parametrize("tokens", [8, 80])
 def test_padding_rows_write_nothing_and_change_nothing(tokens):
     model = _model()
-    checks.padding_writes_nothing(model, FastFastdLLM(model), tokens)
+    checks.padding_writes_nothing(model, tokens)
 
 
 @needs_gpu
@@ -53,8 +52,8 @@ def test_graph_equals_eager(dtype):
 @needs_kernels
 def test_fusing_holds_no_weight_twice():
     model = _model()
-    checks.weights_are_held_once(model, FastFastdLLM(model))
+    checks.weights_are_held_once(model)
 
 
 def test_unsupported_models_say_why():
-    checks.refusals_say_why(FastFastdLLM, _model())
+    checks.refusals_say_why(_model())

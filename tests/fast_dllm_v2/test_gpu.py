@@ -68,8 +68,8 @@ def test_every_forward_of_a_block_finds_its_graph():
         generate_ssd_policy(_model(), _prompts()[:5], **flat, **more)
         engine = _model().engine
         eager, seen = engine.runner.forward, []
-        engine.runner.forward = lambda *args, eager=eager, seen=seen, **how: (
-            seen.append(args[0].shape[1]) or eager(*args, **how)
+        engine.runner.forward = lambda eager=eager, seen=seen, **given: (
+            seen.append(given["input_ids"].shape[1]) or eager(**given)
         )
         generate_ssd_policy(_model(), _prompts()[:5], **flat, **more)
         engine.runner.forward = eager

@@ -7,7 +7,8 @@ import torch
 
 from llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from llada2.fast import FastLLaDA2
-from shared.gpu import triton_ops as ops
+from shared.gpu.fast import fast_forward_of
+from shared.gpu.launch import available
 from tests import fast_checks as checks
 from tests.fast_checks import DEVICE, needs_gpu, needs_kernels
 
@@ -29,7 +30,7 @@ def _model(dtype=torch.float32, **overrides) -> LLaDA2MoeModelLM:
 @pytest.mark.parametrize("window", ["draft", "causal", "verify", "prefill"])
 def test_matches_the_plain_forward(window):
     model = _model()
-    checks.matches_the_plain_forward(model, FastLLaDA2(model), window, 1e-5)
+    checks.matches_the_plain_forward(model, window, 1e-5)
 
 
 @needs_kernels
@@ -51,14 +52,14 @@ def test_matches_the_plain_forward(window):
 def test_options_of_the_architecture(overrides):
     model = _model(**overrides)
     for window in ("draft", "verify"):
-        checks.matches_the_plain_forward(model, FastLLaDA2(model), window, 1e-5, [None])
+        checks.matches_the_plain_forward(model, window, 1e-5, [None])
 
 
 @needs_gpu
 @pytest.mark.parametrize("rows", [1, 7, 32])
 def test_batches_match(rows):
     model = _model()
-    checks.batches_match(model, FastLLaDA2(model), rows)
+    checks.batches_match(model, rows)
 
 
 @needs_gpu
@@ -66,20 +67,31 @@ def test_batches_match(rows):
 def test_bfloat16_batches_stay_near(rows):
     """Every expert is chosen: rounding can't change the choice, only the sums."""
     model = _model(torch.bfloat16, num_experts=4, n_group=1, topk_group=1, num_experts_per_tok=4)
-    checks.batches_match(model, FastLLaDA2(model), rows)
+    checks.batches_match(model, rows)
 
 
 @needs_kernels
 @pytest.mark.parametrize("tokens", [8, 80])
 def test_padding_rows_write_nothing_and_change_nothing(tokens):
     model = _model()
-    checks.padding_writes_nothing(model, FastLLaDA2(model), tokens)
+    checks.padding_writes_nothing(model, tokens)
 
 
 @needs_kernels
 def test_an_entry_sees_what_another_of_its_row_writes():
     model = _model()
-    checks.riders_are_seen(model, FastLLaDA2(model), 8)
+    checks.entries_that_only_write_are_seen(model, 8)
+
+
+@needs_kernels
+def test_branches_share_a_prefix():
+    checks.branches_share_a_prefix(_model(), "inside a block")
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [8, 20])
+def test_features_are_the_outputs_of_layers(tokens):
+    checks.features_are_the_outputs_of_layers(_model(), tokens)
 
 
 @needs_gpu
@@ -91,14 +103,15 @@ def test_graph_equals_eager(dtype):
 @needs_kernels
 def test_experts_are_not_copied():
     model = _model()
-    fast = FastLLaDA2(model)
+    fast = fast_forward_of(model, required=True)
+    assert type(fast) is FastLLaDA2
     stacks, experts = model.model.layers[1].mlp.experts, fast.layers[1].mlp
     assert experts.up.data_ptr() == stacks.up_proj.data_ptr()
     assert experts.down.data_ptr() == stacks.down_proj.data_ptr()
-    checks.weights_are_held_once(model, fast)
+    checks.weights_are_held_once(model)
 
 
 def test_unsupported_models_say_why():
-    checks.refusals_say_why(FastLLaDA2, _model())
-    if ops.available(DEVICE):
+    checks.refusals_say_why(_model())
+    if available(DEVICE):
         assert "does not divide" in FastLLaDA2.unsupported(_model(partial_rotary_factor=0.75))

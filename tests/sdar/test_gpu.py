@@ -10,7 +10,7 @@ import torch
 
 import sdar
 from sdar import SDARForCausalLM, generate, generate_ssd_policy
-from shared.gpu import triton_ops
+from shared.gpu.launch import available
 from shared.network.loading import load_tokenizer
 from shared.scripts.prompts import encode_prompt
 from tests.sdar.test_decoding import EVERY, UNSAVED
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = Path(sdar.__file__).parent / "tiny"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not triton_ops.available(DEVICE), reason="no CUDA device, and triton does not interpret"),
+    pytest.mark.skipif(not available(DEVICE), reason="no CUDA device, and triton does not interpret"),
 ]
 DECODERS = {"plain": generate.block_diffusion_generate, "speculative": generate_ssd_policy.block_diffusion_generate}
 

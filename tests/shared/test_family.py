@@ -36,7 +36,7 @@ def test_what_a_family_names_is_there(name):
             assert choice.scoring is None or callable(imported(choice.scoring))
     for timed in family.timed.values():
         assert callable(imported(timed.forwards))
-        assert timed.kinds is None or imported(timed.kinds)(family.block_length)
+        assert imported(timed.kinds)(family.block_length)
     for training in family.trains.values():
         assert callable(imported(training.objective))
     assert set(family.timed) | set(family.trains) <= set(family.networks)

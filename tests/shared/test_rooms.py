@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import shared
+from shared.family import FAMILIES
 
 ROOT = Path(shared.__file__).parent
 ROOMS = ["network", "gpu", "policy", "decode", "scripts"]  # from the bottom up
@@ -32,9 +33,8 @@ def test_a_room_looks_down(path):
     above = {f"shared.{room}" for room in ROOMS[level + 1 :]}
     looked_up = {m for m in imported(path) if any(m == room or m.startswith(f"{room}.") for room in above)}
     assert not looked_up
-    allowed = {"torch", "transformers", "numpy", "einops", "triton", "safetensors", "huggingface_hub", "tqdm", "shared"}
-    outside = {m.split(".")[0] for m in imported(path) if m} - allowed
-    assert not {m for m in outside if m in ("eval", "train", "sdar", "llada2", "fast_dllm_v2", "lm_eval")}
+    users = {"eval", "train", *(family.package for family in FAMILIES.values())}
+    assert not {module.split(".")[0] for module in imported(path)} & users
 
 
 def test_every_room_is_named():

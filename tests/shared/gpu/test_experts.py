@@ -1,7 +1,4 @@
-"""The kernels of a mixture of experts against `shared.network.experts`, for any routing.
-
-Kernels run on a GPU, or in triton's interpreter with ``TRITON_INTERPRET=1``.
-"""
+"""The kernels of a mixture of experts against `shared.network.experts` and their naive twins, for any routing."""
 
 from __future__ import annotations
 
@@ -10,14 +7,12 @@ import torch
 
 from shared.gpu import experts as moe
 from shared.network.experts import group_limited_top_k, mix_chosen
-from tests.fast_checks import DEVICE, ON_GPU, error, needs_gpu, needs_kernels
+from tests.fast_checks import needs_gpu
+from tests.shared.gpu.kernels import DEVICE, DTYPES, TOLERANCE, error, needs_kernels
+from tests.shared.gpu.kernels import random_tensor as _random
 
 pytestmark = pytest.mark.gpu
 PLANS = [None, moe.GroupedPlan(32, 32, 16), moe.GroupedPlan(16, 64, 32, stages=2)]
-
-
-def _random(*shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
 
 
 @needs_kernels
@@ -57,12 +52,8 @@ def _routings(tokens: int, count: int, top_k: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("tokens", [1, 6, 300])
 def test_bucket_sorts_pairs_by_expert(tokens):
     for name, experts in _routings(tokens, 12, 3).items():
-        order, starts = moe.bucket(experts.int(), 12)
-        flat = experts.flatten()
-        assert torch.equal(order.long(), flat.sort(stable=True).indices), name
-        counts = torch.zeros(12, dtype=torch.long, device=DEVICE).scatter_add_(0, flat, torch.ones_like(flat))
-        assert torch.equal(starts.diff().long(), counts), name
-        assert int(starts[0]) == 0
+        for got, want in zip(moe.bucket(experts.int(), 12), moe.bucket_naive(experts.int(), 12), strict=True):
+            assert torch.equal(got, want), name
 
 
 def _mixed(x, experts, weights, gate, up, down, plan=None, row_scale=None) -> torch.Tensor:
@@ -113,20 +104,31 @@ def test_a_row_scale_is_applied_before_the_gate():
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32])
-def test_combine_adds_and_norms(dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("finished", [True, False])
+def test_combine_adds_and_norms(finished, shared, dtype):
     tokens, top_k, hidden = 5, 3, 72
-    parts, shared, x = (_random(n, hidden, dtype=dtype) for n in (tokens * top_k, tokens, tokens))
-    weights, norm, squares = torch.rand(tokens, top_k, device=DEVICE), _random(hidden, dtype=dtype), _random(2, 32)
-    routed = (parts.view(tokens, top_k, hidden).float() * weights[..., None]).sum(1).to(dtype)
-    total = x + (routed + shared)
-    kept = x.clone()
-    finished = moe.combine(parts, weights, shared, kept, norm, eps=1e-6)
-    tolerance = 2e-6 if dtype == torch.float32 else 6e-3
-    assert error(kept, total) < tolerance
-    wide = kept.double()
-    assert error(finished, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * norm.double()) < tolerance
-    left = moe.combine(parts, weights, shared, x, norm, squares=squares)
-    assert torch.equal(x, kept)
-    assert error(left, wide * norm.double()) < tolerance
-    assert error(squares[0, :tokens], wide.square().sum(-1)) < 1e-6
+    parts, x = (_random(n, hidden, dtype=dtype) for n in (tokens * top_k, tokens))
+    shared = _random(tokens, hidden, dtype=dtype) if shared else None
+    weights, norm = torch.rand(tokens, top_k, device=DEVICE), _random(hidden, dtype=dtype)
+    streams, squares, normed = [x.clone(), x.clone()], [_random(2, 32), _random(2, 32)], []
+    for function, stream, sums in zip((moe.combine, moe.combine_naive), streams, squares, strict=True):
+        how = {"eps": 1e-6} if finished else {"squares": sums}
+        normed.append(function(parts, weights, shared, stream, norm, **how))
+    assert error(*streams) < TOLERANCE[dtype]
+    assert error(*normed) < TOLERANCE[dtype]
+    if not finished:
+        assert error(squares[0][0, :tokens], squares[1][0, :tokens]) < TOLERANCE[dtype]
+
+
+def test_the_naive_twins_by_hand():
+    """Pairs of two tokens with experts (2, 0) and (2, 3) of four; one token of two parts, weighed 1/2 and 2."""
+    order, starts = moe.bucket_naive(torch.tensor([[2, 0], [2, 3]]), 4)
+    assert (order.tolist(), starts.tolist()) == ([1, 0, 2, 3], [0, 1, 1, 3, 4])
+    x, weights = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 2.0]])
+    parts, shared = torch.tensor([[2.0, 4.0], [0.5, 0.0]]), torch.tensor([[0.0, 2.0]])
+    # 1 + (1 + 1) + 0 = 3 and 0 + (2 + 0) + 2 = 4; the rms of (3, 4) is sqrt(12.5).
+    normed = moe.combine_naive(parts, weights, shared, x, torch.tensor([1.0, 2.0]), eps=0.0)
+    assert x.tolist() == [[3.0, 4.0]]
+    torch.testing.assert_close(normed, torch.tensor([[3.0, 8.0]]) / 12.5**0.5)

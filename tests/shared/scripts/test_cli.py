@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
 from shared.options import ALIASES, Acceptance, Blocks, Cache, FlatOptions, Routing, Sampling, Unmask
-from shared.output import Completion, Output
+from shared.output import Completion, Lossless, Output
 from shared.scripts.cli import (
     SCRIPT_ALIASES,
     Script,
@@ -26,7 +26,7 @@ from shared.scripts.cli import (
     parse,
     result_of,
 )
-from shared.trace import Trace
+from shared.trace import Spent, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def test_prompts_of_a_script(tmp_path):
 
 
 def completion(request: int, tokens: list[int] | None = None) -> Completion:
-    trace = Trace(1, 1, [1, 2], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], [0], [0], {"draft": 1})
+    trace = Trace(1, 1, [1, 2], [-1, 0], [1, 2], [0, 0], [0.0, 1.0], 1, [], {"model": {"draft": Spent(1, 1)}})
     return Completion(request, tokens or [2], trace, 0.25, 0, f"text {request} ä\n")
 
 
@@ -273,12 +273,24 @@ def test_streamer_prints_a_question_once_before_its_text(capsys):
 
 
 def test_comparison_table():
-    out = Output([completion(0, [5, 6])], 0.5, {"draft": 1}, True, "")
+    out = Output([completion(0, [5, 6])], 0.5, Lossless(True, ""))
     header, one, two = format_comparison({"this run": out, "other": out}, {"this run": 1}).splitlines()
     assert header.split()[:2] == ["decoder", "tokens"]
     # two tokens, one forward, half a second; nothing verified
     assert one.split() == ["this", "run", "2", "0.500", "(0.000", "0.500", "0.000", "0.000)", "-", "4.0", "1/1"]
     assert two.split()[-1] == "-"
+
+
+def test_comparison_of_decoders_with_several_models_goes_by_lane():
+    one = completion(0, [5, 6])
+    two = dataclasses.replace(
+        one,
+        trace=dataclasses.replace(one.trace, lanes={"target": {"verify": Spent(1)}, "drafter": {"draft": Spent(4)}}),
+    )
+    rows = {"this run": Output([two], 0.5, Lossless(True, "")), "plain": Output([one], 0.5, Lossless(True, ""))}
+    lines = format_comparison(rows, {}).splitlines()
+    assert lines[-3:] == ["forwards/token by lane", "this run  target 0.500, drafter 2.000", "plain     model 0.500"]
+    assert result_of(0, {}, two)["lane_forwards"] == {"target": 1, "drafter": 4}
 
 
 @pytest.fixture(scope="module")

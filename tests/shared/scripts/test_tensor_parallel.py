@@ -16,9 +16,9 @@ from fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.generate_policy_utils import generate_ssd_policy as generate_ssd_policy_v2
 from fast_dllm_v2.generate_utils import generate_fast
 from sdar import generate, generate_ssd_policy
-from sdar.fast import FastSDAR
 from sdar.modeling_sdar import SDARForCausalLM
 from shared.errors import UserError
+from shared.gpu.fast import FastForward, fast_forward_of
 from shared.network.masks import block_causal, two_copy_verify
 from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World, check_agreement
@@ -249,8 +249,8 @@ def test_a_part_is_no_model_for_code_that_forgets_the_others():
     part = tensor_parallel.shard(SDARForCausalLM, MODEL, Group(0, 2, torch.device("cpu")))
     for module in (part.lm_head, part.model.layers[0].self_attn.o_proj, part.model.layers[0].mlp.down_proj):
         assert not hasattr(module, "weight")
-    assert "several" in FastSDAR.unsupported(part)
-    assert part.fast() is None
+    assert "several" in FastForward.unsupported(part)
+    assert fast_forward_of(part) is None
 
 
 def test_models_are_shared_out_among_processes():
