@@ -92,7 +92,7 @@ class Reference(reference.Reference):
                 return
             if post and self.options.skips_post_steps:
                 for _ in range(length if self.sampled else 0):
-                    next(self.uniforms)  # those of the post step it is spared
+                    next(self.uniforms)  # those of the post step that is skipped
                 return
             step = self.draft(start, masked, decoded)
             self.edit(step)

@@ -57,7 +57,6 @@ class Canvas:
         "history",
         "confidence",
         "verifies",
-        "verified",
         "_kinds",
     )
 
@@ -89,9 +88,7 @@ class Canvas:
         self.iteration = zeros(allocated)
         self.history = zeros(allocated, 3, width)  # step_of, how_of, rank_of
         self.confidence = torch.zeros(allocated, width, device=device)
-        most = iterations * verifies_a_step + 1  # one to spare for rows that were not verified
-        self.verifies = zeros(allocated, 4, most)  # step (-1: none), proposed, sent, accepted
-        self.verified = zeros(allocated)  # how many verifies each row has had
+        self.verifies = zeros(allocated, 4, iterations * verifies_a_step)  # step (-1: none), proposed, sent, accepted
         self._kinds = torch.arange(3, device=device)[:, None]
         self.index = Indices(device)  # lists of rows as device tensors, not to be written to
 
@@ -115,7 +112,7 @@ class Canvas:
         self.tokens[i] = self.mask_id
         self.tokens[i, :length] = torch.tensor(prompt, dtype=torch.long).to(self.tokens.device)
         self.prompt_length[i] = length
-        self.iteration[i], self.verified[i], self.verifies[i], self.confidence[i] = 0, 0, -1, 0
+        self.iteration[i], self.verifies[i], self.confidence[i] = 0, -1, 0
         self.history[i, 0], self.history[i, 1:] = -1, 0
         self.history[i, 1, :length] = int(How.PROMPT)
         self.uniforms.assign(i, request if self.uniforms.recorded is None else position)
@@ -139,11 +136,13 @@ class Canvas:
         self.history[rows, :, at] = torch.stack(now, 1)
         self.step(rows)
 
-    def note_verify(self, rows: Tensor, happened: Tensor, proposed: Tensor, sent: Tensor, accepted: Tensor) -> None:
-        """Note a verify of those ``rows [b]`` where it ``happened [b]``; the rest are `Verify` numbers, ``[b]`` each. No host read."""
-        step = torch.where(happened, self.iteration[rows], -1)  # where none happened the next verify overwrites it
-        self.verifies[rows, :, self.verified[rows]] = torch.stack([step, proposed, sent, accepted], 1)
-        self.verified.index_add_(0, rows, happened.long())
+    def note_verify(
+        self, rows: Tensor, happened: Tensor, proposed: Tensor, sent: Tensor, accepted: Tensor, number: int = 0
+    ) -> None:
+        """Note verify ``number`` of this step of those ``rows [b]`` where it ``happened [b]``; the rest are `Verify` numbers, ``[b]`` each. No host read."""
+        iteration = self.iteration[rows]
+        entry = torch.stack([torch.where(happened, iteration, -1), proposed, sent, accepted], 1)
+        self.verifies[rows, :, iteration * self.verifies_a_step + number] = entry
 
     def step(self, rows: Tensor) -> None:
         """An iteration of ``rows [b]`` is over. No host read."""

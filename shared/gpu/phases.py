@@ -46,6 +46,7 @@ class _Captured:
     replay: Callable[[], None]
     inputs: list[Tensor | None]  # where to copy the arguments; None: read where it is
     result: Any
+    copied: list  # the arguments that were copied last
 
 
 class Phases:
@@ -97,9 +98,11 @@ class Phases:
             if self.calls[key] < self.CAPTURE_AT or len(self._captured) >= self.MOST:
                 return function(first, *arguments)
             found = self._captured[key] = self._capture(function, first, arguments, leaves)
-        for buffer, leaf in zip(found.inputs, leaves, strict=True):
-            if buffer is not None:
-                buffer.copy_(leaf)
+        for k, (buffer, leaf) in enumerate(zip(found.inputs, leaves, strict=True)):
+            if buffer is None or (leaf is found.copied[k] and hasattr(leaf, "never_written")):
+                continue
+            buffer.copy_(leaf)
+            found.copied[k] = leaf
         found.replay()
         return _renewed(found.result)
 
@@ -130,7 +133,7 @@ class Phases:
         for tensor in _leaves(result):
             if isinstance(tensor, Tensor):
                 self._results.setdefault(id(tensor), len(self._results))
-        return _Captured(replay, buffers, result)
+        return _Captured(replay, buffers, result, list(leaves))
 
 
 def _kind(tensor: Tensor) -> tuple:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Indices:
-    """``indices([0, 2]) -> tensor [2]`` (long) on the device. The tensors are shared: nobody may write to them."""
+    """``indices([0, 2]) -> tensor [2]`` (long) on the device. The tensors are shared: nobody may write to them, and ``never_written`` says so."""
 
     KEPT = 512  # lists remembered
 
@@ -23,4 +23,5 @@ class Indices:
             if len(self._kept) >= self.KEPT:
                 self._kept.clear()
             self._kept[key] = torch.tensor(key, dtype=torch.long).to(self.device)
+            self._kept[key].never_written = True
         return self._kept[key]

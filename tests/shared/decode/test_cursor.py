@@ -244,9 +244,12 @@ def test_several_verifies_a_step_and_none():
     canvas, rows = cursor.canvas, torch.tensor([0, 1])
     numbers = lambda *values: torch.tensor(values)  # noqa: E731
     canvas.note_verify(rows, torch.tensor([True, False]), numbers(5, 6), numbers(3, 6), numbers(1, 6))
-    canvas.note_verify(rows, torch.tensor([True, True]), numbers(4, 7), numbers(4, 2), numbers(0, 2))
+    canvas.note_verify(rows, torch.tensor([True, True]), numbers(4, 7), numbers(4, 2), numbers(0, 2), 1)
     canvas.step(rows)
     canvas.note_verify(rows, torch.tensor([False, True]), numbers(9, 9), numbers(9, 9), numbers(9, 9))
+    canvas.step(rows)
+    for row in canvas.rows:
+        row.iterations += 2
     write(cursor, 5)
     write(cursor, 5)
     first, second = finish(cursor, 0).trace, finish(cursor, 1).trace

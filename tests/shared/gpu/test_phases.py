@@ -63,6 +63,18 @@ def test_what_is_kept_on_a_result_is_not_there_next_time():
     assert results[2].total.data_ptr() == results[3].total.data_ptr(), "the same memory"
 
 
+def test_an_argument_that_is_never_written_is_copied_once():
+    owner, phases = new(sum=0.0)
+    index, other = torch.ones(2), torch.full((2,), 5.0)
+    index.never_written = other.never_written = True
+    for given, want in ((index, 2.0), (index, 2.0), (index, 2.0), (other, 10.0), (index, 2.0)):
+        assert phases(add, owner, given, 2).total.tolist() == [want, want]
+    (captured,) = phases._captured.values()
+    captured.inputs[0].fill_(7.0)
+    assert phases(add, owner, index, 2).total.tolist() == [14.0, 14.0], "it was not copied again"
+    assert phases(add, owner, torch.ones(2), 2).total.tolist() == [2.0, 2.0], "one that may have been written is"
+
+
 def test_another_decode_is_adopted_with_its_state():
     owner, phases = new(sum=1.0)
     for _ in range(3):
