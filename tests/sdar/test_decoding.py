@@ -115,6 +115,23 @@ def test_unsaved_equals_reference(decoder, flat):
     checks.check_equals_reference(family(), decoder, {**flat, **UNSAVED}, checks.draw_prompts(2, seed=9))
 
 
+def test_other_options_get_graphs_of_their_own(monkeypatch):
+    """Decodes one after the other on one engine: what lies between forwards depends on the options, and so do its graphs."""
+    model, prompts = family().model, checks.draw_prompts(3, seed=13)
+    settings = [{"temperature": 0.9}, {}, {"acceptance": "exact"}, {"temperature": 0.9, "top_k": 3}, {}]
+    run = lambda flat: family().run("speculative", prompts, {**BASE, "cache_ver": True, **flat}, seed=4).tokens  # noqa: E731
+    plain = [run(flat) for flat in settings]
+    phases, engines = checks.see_only_what_was_staged(monkeypatch), set()
+    try:
+        for flat, want in zip(settings, plain, strict=True):
+            assert run(flat) == want, flat
+            engines.add(id(model.engine))
+    finally:
+        model.engine = None
+    assert len(engines) == 1, "forwards are the same whatever the options"
+    assert len(phases) == len(settings)
+
+
 @each_setting
 def test_graphs_change_nothing(decoder, flat, monkeypatch):
     # Of five rows three are no captured size: a graph of four serves them, with a row of padding.
