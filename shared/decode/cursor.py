@@ -5,6 +5,7 @@ The host keeps what it decides itself (block starts, step counts) and reads the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -49,7 +50,7 @@ def most_iterations(slots: int, block_length: int, steps: int) -> int:
     return 2 * steps * (slots // block_length + 2)
 
 
-class Cursor:
+class Cursor(ABC):
     """Where the texts of ``canvas`` stand. ``block_length`` is what their traces are shown by (0: no blocks)."""
 
     STATE: ClassVar[tuple[str, ...]] = ()
@@ -58,17 +59,17 @@ class Cursor:
     def __init__(self, canvas: Canvas, trim_stop_tokens: bool = True):
         self.canvas, self.trim_stop_tokens = canvas, trim_stop_tokens
 
+    @abstractmethod
     def begin(self, rows: Sequence[int]) -> None:
         """Stand before the first token of the texts that were admitted to ``rows``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefilled(self, i: int) -> int:
         """How many tokens of the prompt of row ``i`` are encoded before its first step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, i: int) -> int:
         """Up to where a finished text is decided."""
-        raise NotImplementedError
 
     def returned(self, i: int, ids: list[int], end: int) -> list[int]:
         """The tokens that the text of row ``i`` gives back, of its ``ids``, which are decided up to ``end``: up to a stop token, or with it unless
