@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from eval.roofline import Machine
+
+
+def share_of_datasheet(machine: Machine, forward: dict) -> float | None:
+    """At what share of the bandwidth of its datasheet a recorded ``machine`` read the bytes of a ``forward``; None where either is unknown."""
+    return machine.of_datasheet(forward["read_bytes"] / (forward["ms"] / 1e3)) if "read_bytes" in forward else None
+
 
 def speed_tables(result: dict) -> str:
     """The machine, its forwards against their floors, and the decodes, as Markdown."""
@@ -12,14 +19,14 @@ def speed_tables(result: dict) -> str:
         f"{result['capture_seconds']:.0f} s to capture graphs.",
         "",
     ]
-    # Records made before there was a table of datasheets have no such share.
-    known = any(r.get("of_datasheet") is not None for r in result["forwards"])
+    shares = [share_of_datasheet(Machine.from_json(machine), r) for r in result["forwards"]]
+    known = any(share is not None for share in shares)
     head = ["forward", "ms", "floor ms", "over the floor"] + ["% of the datasheet bandwidth"] * known
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for r in result["forwards"]:
+    for r, share in zip(result["forwards"], shares, strict=True):
         cells = [r["forward"], f"{r['ms']:.2f}", f"{r['floor_ms']:.2f}", f"{r['over_floor']:.2f} x"]
         if known:
-            cells.append("" if r["of_datasheet"] is None else f"{100 * r['of_datasheet']:.0f}")
+            cells.append("" if share is None else f"{100 * share:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     if result["decodes"]:
         head = ["decode", "tokens/s", "forwards/token", "ms a forward in the loop", "ms a step outside forwards"]
