@@ -17,7 +17,7 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.family import shipped_folder, shipped_names
-from shared.network.configuration import DecoderConfig
+from shared.network.configuration import DTYPES, DecoderConfig, named_dtype
 from shared.network.kv_cache import BlockCache
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
@@ -313,9 +313,6 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return resolved
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
 def resolve_dtype(
     dtype: torch.dtype | str, checkpoint: torch.dtype | str | None, device: torch.device | str
 ) -> torch.dtype:
@@ -323,21 +320,28 @@ def resolve_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise UserError(f"dtype {dtype!r} is unknown. Allowed: auto, {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
+        if (named := named_dtype(dtype)) is None:
+            raise UserError(f"dtype {dtype!r} is unknown. Allowed: auto, {', '.join(DTYPES)}")
+        return named
     if torch.device(device).type == "cpu":
         return torch.float32
-    return checkpoint if isinstance(checkpoint, torch.dtype) else _DTYPES.get(str(checkpoint), torch.bfloat16)
+    return named_dtype(checkpoint) or torch.bfloat16
 
 
 def load_tokenizer(path_or_id: str | Path):
     """The checkpoint's own tokenizer with its chat template (never remote code)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = checkpoint_folder(path_or_id)
+    config = folder / "tokenizer_config.json"
+    saved = _read_json(config) if config.is_file() else {}
+    renamed = {}
+    if isinstance(saved.get("extra_special_tokens"), list):  # transformers 5, whose names for these two are new
+        renamed = {"additional_special_tokens": saved["extra_special_tokens"], "extra_special_tokens": {}}
+    backend = saved.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
+    kind = PreTrainedTokenizerFast if backend else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, trust_remote_code=False, **renamed)
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
 
