@@ -227,6 +227,16 @@ def result_of(index: int, record: dict, completion: Completion) -> dict:
     }
 
 
+def found_texts(script: ScriptArguments, run: dict) -> dict[int, dict]:
+    """The results of earlier runs in the output folder, by index; refused where they do not go with this run."""
+    found = Store(script.output_dir, "outputs", "index", run=run).found
+    if found and script.trace is not None:
+        raise UserError(
+            f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
+        )
+    return found
+
+
 class Streamer:
     """Prints text block by block: what all ids so far decode to, less what has been printed, up to the first stop token.
 
@@ -386,12 +396,10 @@ class Script:
             "options": options.to_flat(),
             "prompts": prompts,
         }
-        results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run)
+        # One process reads the folder, before any writes there.
+        found = world.decided(lambda: found_texts(script, run)) if script.output_dir is not None else {}
+        results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run, found=found)
         todo = [k for k in world.share(range(len(prompts))) if k not in results.found]
-        if results.found and script.trace is not None:
-            raise UserError(
-                f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
-            )
         if results.found and world.rank == 0:
             print(f"{len(results.found)} of {len(prompts)} texts are in {script.output_dir} already")
         if not todo:

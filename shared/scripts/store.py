@@ -15,7 +15,7 @@ class Store:
 
     Every process appends to a file of its own, ``NAME.jsonl`` or ``NAME.rank1.jsonl`` and so on, and reads all of them. Nothing is written before the
     first record. ``run``: settings, kept in run.json, that all runs into one folder must share. ``resume`` off: what is there is not read, and this
-    process's file begins anew. Without a folder nothing is kept. Raises `UserError` where the folder cannot be used.
+    process's file begins anew. ``found``: what another process has read there, so that this one neither reads nor checks. Without a folder nothing is kept. Raises `UserError` where the folder cannot be used.
     """
 
     def __init__(
@@ -27,14 +27,17 @@ class Store:
         rank: int = 0,
         run: dict | None = None,
         resume: bool = True,
+        found: dict | None = None,
     ):
         self.root = None if folder is None else Path(folder)
         self.key, self.rank, self.run, self.resume = key, rank, run, resume
         self.file: TextIO | None = None
-        self.found: dict = {}
+        self.found: dict = found or {}
         if self.root is None:
             return
         self.path = self.root / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
+        if found is not None:
+            return
         check_writable(self.root)
         if run is not None:
             self._check_run()

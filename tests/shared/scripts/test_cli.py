@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -509,6 +510,19 @@ def test_traces_are_of_whole_runs(checkpoint, capsys, tmp_path):
     assert "without their traces" in _refused(
         checkpoint, capsys, "--output_dir", folder, "--trace", str(tmp_path / "x.json")
     )
+
+
+def test_a_late_process_does_not_take_the_firsts_texts_for_old_ones(checkpoint, monkeypatch, tmp_path):
+    """Rank 1 of two comes to the new folder after rank 0 has written there."""
+    folder = tmp_path / "out"
+    run(checkpoint, "--output_dir", str(folder))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, src: told.__setitem__(slice(None), [{}, None]))
+    monkeypatch.setattr(dist, "all_gather_object", lambda room, mine: room.__setitem__(1, mine))
+    run(checkpoint, "--output_dir", str(folder), "--trace", str(tmp_path / "trace.json"))
+    assert [json.loads(line)["index"] for line in (folder / "outputs.rank1.jsonl").open()] == [1]
 
 
 def test_results_of_another_dtype_are_refused(checkpoint, capsys, tmp_path):
