@@ -24,7 +24,7 @@ from shared.output import Completion, Output
 from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World
 from shared.scripts.judging import is_solved
-from shared.scripts.prompts import encode_prompt, read_prompt_file
+from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
 from shared.scripts.store import Store
 from shared.trace import format_trace
 
@@ -48,7 +48,7 @@ class ScriptArguments:
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "auto, float32, bfloat16, float16, float64")
     tensor_parallel: int = option(1, "processes that hold one model together (torchrun --nproc_per_node=N)", low=1)
-    prompt_length: int | None = option(None, "keep at most this many tokens of a prompt", low=1)
+    prompt_length: int | None = option(None, "keep at most this many tokens of a prompt, the last ones", low=1)
     no_chat: bool = option(False, "send the prompt without the chat template")
     compare: bool | None = option(None, "also run plain diffusion and block size one; default: when no prompt is given")
     trust_remote_code: bool = option(False, "accepted for old command lines; this repository's own code is always used")
@@ -199,7 +199,13 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
         prompts = [encode_prompt(tokenizer, record, chat=not script.no_chat) for record in records]
     except UserError as error:
         raise UserError(f"{script.prompt_file or 'prompt'}: {error}") from error
-    return records, [p[: script.prompt_length] for p in prompts]
+    return records, prompts
+
+
+def fit_prompts(script: ScriptArguments, tokenizer, prompts: Sequence[list[int]], mask_id: int) -> list[list[int]]:
+    """``prompts`` without mask tokens, cut to their last ``prompt_length`` tokens: there stand the question and the header of the answer."""
+    kept = slice(None if script.prompt_length is None else -script.prompt_length, None)
+    return [spell_out(tokenizer, ids, mask_id)[kept] for ids in prompts]
 
 
 def question_of(script: ScriptArguments, record: dict) -> str:
@@ -354,6 +360,8 @@ class Script:
         )
         device = resolve_device(world.device(script.device))
         model = tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
+        mask_id, _ = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
+        prompts = fit_prompts(script, tokenizer, prompts, mask_id)
         if world.rank == 0:
             print(f"{self.title} | {source} | {model.device.type}, {str(model.dtype)[6:]}")
             values = " ".join(f"{k}={v}" for k, v in self.presets.get(preset, {}).items())

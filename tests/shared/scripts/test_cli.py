@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
+from shared.network.loading import load_tokenizer
 from shared.options import ALIASES, Acceptance, Blocks, Cache, FlatOptions, Routing, Sampling, Unmask
 from shared.output import Completion, Lossless, Output
 from shared.scripts.cli import (
@@ -22,11 +23,13 @@ from shared.scripts.cli import (
     Streamer,
     build_parser,
     choose_script,
+    fit_prompts,
     format_comparison,
     load_prompts,
     parse,
     result_of,
 )
+from shared.scripts.prompts import spell_out
 from shared.trace import Spent, Trace
 
 
@@ -215,9 +218,33 @@ def test_prompts_of_a_script(tmp_path):
     mine.write_text("one\ntwo\n")
     assert load()[0] == [{"prompt": "d", "answer": 1}]
     assert load(prompt="p", no_chat=True)[1] == [[ord("p")]]
-    assert load(prompt_file=str(mine), prompt_length=2)[1] == [[ord(">"), ord("o")], [ord(">"), ord("t")]]
+    assert load(prompt_file=str(mine))[1] == [[ord(c) for c in ">one"], [ord(c) for c in ">two"]]
     with pytest.raises(UserError, match="prompt: the prompt is empty"):
         load(prompt=" ")
+
+
+def test_a_long_prompt_keeps_its_end():
+    fit = lambda ids, **flat: fit_prompts(ScriptArguments(**flat), None, ids, 99)  # noqa: E731
+    assert fit([[1, 2, 3], [4]], prompt_length=2) == [[2, 3], [4]]
+    assert fit([[1, 2, 3], [4]]) == [[1, 2, 3], [4]]
+    assert "the last ones" in " ".join(build_parser(Options, "").format_help().split())
+
+
+def test_a_mask_token_written_out_in_a_prompt_is_words(capsys, tmp_path):
+    """Of one prompt and of several, with and without a limit on the length."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("In BERT the token <|MASK|> is hidden. What?\nWhat is 2 + 3?\n")
+    argv = ["--max_new_tokens", "8", "--prompt_length", "40", "--output_dir", str(tmp_path / "out")]
+    generate_ssd_policy.SCRIPT.main([*argv, "--prompt_file", str(prompts)])
+    assert len((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()) == 2
+    tokenizer = load_tokenizer("SDAR/tiny")
+    text = "a <|MASK|> b"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spelled = spell_out(tokenizer, ids, 1023)
+    assert 1023 in ids
+    assert 1023 not in spelled
+    assert tokenizer.decode(spelled) == text
+    assert spell_out(tokenizer, ids, 5) == ids
 
 
 def completion(request: int, tokens: list[int] | None = None) -> Completion:
