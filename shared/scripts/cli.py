@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
 import sys
@@ -25,7 +26,7 @@ from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World
 from shared.scripts.judging import is_solved
 from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
-from shared.scripts.store import Store
+from shared.scripts.store import Store, check_writable
 from shared.trace import format_trace
 
 
@@ -55,10 +56,18 @@ class ScriptArguments:
 
     def __post_init__(self):
         check(self)
+        if self.model is not None and not self.model.strip():
+            raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
         if self.prompt is not None and self.prompt_file is not None:
             raise UserError("prompt and prompt_file are both given. Allowed: one of them")
         if self.trace is not None and not Path(self.trace).parent.is_dir():
             raise UserError(f"trace {self.trace!r}: no such folder. Allowed: a file in a folder that is there")
+        if self.trace is not None and Path(self.trace).is_dir():
+            raise UserError(f"trace {self.trace!r} is a folder. Allowed: a file")
+        if self.trace is not None:
+            check_writable(Path(self.trace).parent)
+        if self.output_dir is not None:
+            check_writable(Path(self.output_dir))
         if self.compare and self.tensor_parallel > 1:
             raise UserError("compare and tensor_parallel above 1 are both given. Allowed: one of them")
 
@@ -160,6 +169,8 @@ def parse(
         choice.add_to(parser)
     given, strange = parser.parse_known_args(argv)
     if strange:
+        if not strange[0].startswith("-"):
+            raise UserError(f"{strange[0]!r} belongs to no flag. Allowed: --prompt and the text, in quotes")
         raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
     given, hints = vars(given), get_type_hints(ScriptArguments)
     script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
@@ -184,7 +195,9 @@ def unknown_flag(flag: str, parser: argparse.ArgumentParser, choice: Choice | No
         named = " or ".join(f"--{choice.flag} {name}" for name in owners)
         return UserError(f"flag {flag!r} is not one of {choice.name}. Allowed with {named}")
     flags = sorted({s.lstrip("-") for a in parser._actions for s in a.option_strings if s.startswith("--")})
-    return unknown_name("flag", flag, flags)
+    near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return UserError(f"unknown flag {flag!r}{hint} Allowed: {len(flags)} flags, --help lists them")
 
 
 def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -> tuple[list[dict], list[list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TextIO
 
@@ -90,12 +91,19 @@ class Store:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `UserError` unless ``folder`` is one, or can be made."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output folder {str(folder)!r} is a file. Allowed: a folder")
+    """Raise `UserError` unless ``folder`` is one, or can be made. Nothing is left there."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours")
+    if not there.is_dir():
+        which = "is a file" if there == folder else f"is under a file ({there})"
+        raise UserError(f"output folder {str(folder)!r} {which}. Allowed: a folder")
+    try:
+        if not os.access(there, os.W_OK):
+            raise PermissionError
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        message = f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours"
+        raise UserError(message) from error
 
 
 def whole_lines(path: Path) -> bytes:

@@ -352,8 +352,18 @@ def test_a_damaged_generation_config(tmp_path):
         ids(tmp_path)
 
 
+def test_no_model_at_all():
+    with pytest.raises(UserError, match="model '' is empty"):
+        checkpoint_folder("")
+
+
+def test_weights_that_are_whole_numbers(folder):
+    edit(folder, lambda s: s.update({"model.norm.weight": torch.ones(8, dtype=torch.int64)}))
+    refused(folder, "model.norm.weight is of dtype I64. Allowed: F32, BF16, F16, F64")
+
+
 def test_no_tokenizer(folder):
-    with pytest.raises(UserError, match="no usable tokenizer"):
+    with pytest.raises(UserError, match="no usable tokenizer, none of its files is there"):
         load_tokenizer(folder)
 
 
@@ -393,6 +403,7 @@ def test_the_dtype_of_both_generations(folder, fields):
 
 
 def test_a_tokenizer_brings_no_code(folder, monkeypatch):
+    (folder / "tokenizer.json").write_text("{}")
     asked = {}
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **flat: asked.update(flat))
     load_tokenizer(folder)

@@ -146,7 +146,10 @@ def test_values(name, argv, value):
         (["--cache"], "unknown flag 'cache'"),
         (["--block_len", "4"], "unknown flag 'block_len'; did you mean block_length"),
         (["--blok_length=4"], "unknown flag 'blok_length'; did you mean block_length"),
-        (["stray"], "unknown flag 'stray'"),
+        (["stray"], "'stray' belongs to no flag. Allowed: --prompt"),
+        (["--model", ""], "model '' is empty"),
+        (["--output_dir", "/proc/out"], "output folder '/proc/out' cannot be written"),
+        (["--trace", "/"], "trace '/' is a folder. Allowed: a file"),
         (["--top_k"], "expected one argument"),
         (["--top_k", "many"], "top_k is 'many'. Allowed: int"),
         (["--top_p", "2"], "top_p is 2.0. Allowed: above 0.0 and at most 1.0"),
@@ -550,6 +553,14 @@ def test_a_late_process_does_not_take_the_firsts_texts_for_old_ones(checkpoint, 
     monkeypatch.setattr(dist, "all_gather_object", lambda room, mine: room.__setitem__(1, mine))
     run(checkpoint, "--output_dir", str(folder), "--trace", str(tmp_path / "trace.json"))
     assert [json.loads(line)["index"] for line in (folder / "outputs.rank1.jsonl").open()] == [1]
+
+
+def test_an_unknown_flag_is_one_short_line():
+    with pytest.raises(UserError) as caught:
+        parsed("--blok_length", "4")
+    assert "did you mean block_length" in str(caught.value)
+    assert str(caught.value).endswith("flags, --help lists them")
+    assert len(str(caught.value)) < 160
 
 
 def test_results_of_another_dtype_are_refused(checkpoint, capsys, tmp_path):
