@@ -133,7 +133,8 @@ class DecoderConfig(PretrainedConfig):
             if named_dtype(value) is None:
                 return f"{name} is {value!r}. Allowed: null, {', '.join(DTYPES)}"
         if len({named_dtype(value) for value in found.values()}) > 1:
-            return f"torch_dtype is {found['torch_dtype']!r} and dtype {found['dtype']!r}. Allowed: one of them, or the same"
+            both = f"torch_dtype is {found['torch_dtype']!r} and dtype {found['dtype']!r}"
+            return f"{both}. Allowed: one of them, or the same"
         return None
 
     def _layers_problem(self) -> str | None:

@@ -16,7 +16,8 @@ class Store:
 
     Every process appends to a file of its own, ``NAME.jsonl`` or ``NAME.rank1.jsonl`` and so on, and reads all of them. Nothing is written before the
     first record. ``run``: settings, kept in run.json, that all runs into one folder must share. ``resume`` off: what is there is not read, and this
-    process's file begins anew. ``found``: what another process has read there, so that this one neither reads nor checks. Without a folder nothing is kept. Raises `UserError` where the folder cannot be used.
+    process's file begins anew. ``found``: what another process has read there, so that this one neither reads nor checks. Without a folder nothing is
+    kept. Raises `UserError` where the folder cannot be used.
     """
 
     def __init__(
