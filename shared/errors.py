@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -23,8 +24,17 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a program's main; a `UserError` becomes one line on standard error and exit code 2."""
     try:
         main()
-    except UserError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read us has enough, as `head` does
+        end_quietly()
+    except (UserError, FloatingPointError) as error:  # the latter: weights that are not finite
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def end_quietly() -> None:
+    """Leave after a broken pipe, as the signal for it would: what Python still wants to print goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)

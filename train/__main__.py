@@ -1,13 +1,13 @@
 """Train the tiny checkpoints.
 
-    python -m train SDAR --seconds 100 --out SDAR/tiny     train on a GPU, write a Hugging Face folder
+    python -m train SDAR --seconds 100 --out DIR           train on a GPU, write a Hugging Face folder
     python -m train LLaDA2 --seconds 100 --out DIR         the same for LLaDA2
     python -m train SDAR --steps 3 --size smoke --out DIR  prove that it runs, on any machine
-    python -m train Fast-dLLM-v2 --seconds 150 --out Fast-dLLM-v2/tiny
+    python -m train Fast-dLLM-v2 --seconds 150 --out Fast-dLLM-v2/tiny --overwrite
     python -m train tokenizer --out DIR                    the shared tokenizer alone
     python -m train probe --model DIR --run_code           greedy scores on held-out problems
 
-The last line printed is JSON.
+A checkpoint is written over only with --overwrite. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import json
 import sys
 from pathlib import Path
 
-from shared.errors import UserError
+from shared.errors import UserError, end_quietly
 from shared.family import FAMILIES, Family, family_named
 from shared.network.loading import load_tokenizer, resolve_device
 from shared.scripts.models import checkpoints_of, family_of_checkpoint, load_models
+from shared.scripts.store import check_writable
+
+_WRITTEN = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, family in trained.items():
         add_family(commands, name, family)
     tokenizer = commands.add_parser("tokenizer", help="build the shared tokenizer", allow_abbrev=False)
-    tokenizer.add_argument("--out", type=Path, required=True, help="folder to write")
+    add_out(tokenizer)
     probe = commands.add_parser("probe", help="scores of a checkpoint on held-out problems", allow_abbrev=False)
     probe.add_argument("--model", required=True, help="checkpoint of the family's first network, or one that ships")
     probe.add_argument("--family", help="default: that of the checkpoint")
@@ -55,13 +58,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def add_out(command: argparse.ArgumentParser) -> None:
+    """Where to write, and whether over what is there."""
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="write over a checkpoint that is there")
+
+
+def check_out(folder: Path, overwrite: bool) -> None:
+    """Raise `UserError` unless a checkpoint may be written there: before anything is trained."""
+    check_writable(folder)
+    written = next((name for name in _WRITTEN if (folder / name).exists()), None)
+    if written and not overwrite:
+        raise UserError(f"out {str(folder)!r} has a {written}. Allowed: a new folder, or --overwrite")
+
+
 def add_family(commands, name: str, family: Family) -> None:
     """The command that trains a family's networks."""
     roles = list(family.trains)
     about = " and ".join(dict.fromkeys(t.about for t in family.trains.values()))
     command = commands.add_parser(name, help=f"train a checkpoint by {about}", allow_abbrev=False)
     command.add_argument("--role", choices=roles, default=roles[0], help=f"which network (default: {roles[0]})")
-    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    add_out(command)
     command.add_argument("--seconds", type=float, help="stop after this much training")
     command.add_argument("--steps", type=int, help="stop after this many steps")
     command.add_argument("--size", default="tiny", help="smoke, small, tiny (the shipped one) or medium")
@@ -108,11 +125,19 @@ def run_probe(args: argparse.Namespace) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     try:
         args = parse(arguments)
+        if args.command != "probe":
+            check_out(args.out, args.overwrite)
+        elif args.count < 1:
+            raise UserError(f"count is {args.count}. Allowed: a whole number, at least 1")
         result = {"tokenizer": run_tokenizer, "probe": run_probe}.get(args.command, run_family)(args)
-    except UserError as error:
+        print(json.dumps(result), flush=True)
+    except (UserError, FloatingPointError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result))
+    except BrokenPipeError:
+        end_quietly()
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

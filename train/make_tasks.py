@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,12 @@ def lines(task: str) -> str:
     return "".join(json.dumps(asdict(p), sort_keys=True) + "\n" for p in held_out(task, PROBLEMS, SEED))
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the problems; there is nothing to choose."""
+    argparse.ArgumentParser(prog="train.make_tasks", description=__doc__).parse_args(arguments)
     for name in TASKS:
         (FOLDER / f"{name}.jsonl").write_text(lines(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,22 @@
-"""The configuration of a decoder network, and what is wrong with one, said in a line that names the field."""
+"""The configuration of a decoder network, and what is wrong with one, said in a line that names the field.
+
+Both generations of config.json are read, here alone: ``torch_dtype``, ``rope_theta`` and ``rope_scaling``, and since transformers 5 ``dtype`` and
+``rope_parameters``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
+import torch
 from transformers import PretrainedConfig
 
 from shared.network.rotary import scaling_kind
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPE_FIELDS = ("torch_dtype", "dtype")
+_ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")  # beside the scaling, in ``rope_parameters``
 
 # rope_type: the values it needs, and those it may have besides.
 _SCALINGS = {
@@ -66,9 +75,16 @@ class DecoderConfig(PretrainedConfig):
     booleans: Iterable[str] = ("tie_word_embeddings",)
 
     def __init__(self, **given):
+        given["rope_scaling"] = _scaling(given.get("rope_scaling"))
+        given |= {k: v for k, v in _rope_fields(given.get("rope_parameters")).items() if given.get(k) is None}
+        quantized = given.pop("quantization_config", None)
+        if quantized is not None:  # transformers cannot show a config where it is no object
+            given["quantization_config"] = quantized if isinstance(quantized, dict) else {"quant_method": quantized}
+        dtypes = {name: given.pop(name) for name in _DTYPE_FIELDS if given.get(name) is not None}
         for name, value in self.defaults.items():
             setattr(self, name, given.pop(name, value))
         super().__init__(tie_word_embeddings=given.pop("tie_word_embeddings", self.tie_word_embeddings), **given)
+        self._set_dtype(dtypes)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -79,7 +95,10 @@ class DecoderConfig(PretrainedConfig):
     def problem(self) -> str | None:
         """Why a network cannot be built from these values (None: it can)."""
         return (
-            self._unlike_released()
+            self._dtype_problem()
+            or self._layers_problem()
+            or self._rope_parameters_problem()
+            or self._unlike_released()
             or self.too_small(self.least)
             or self._wrong_kind()
             or self._heads_problem()
@@ -98,6 +117,51 @@ class DecoderConfig(PretrainedConfig):
                 return f"{self.name_of(name)} is {getattr(self, name)!r}. Allowed: a whole number, at least {low}"
         return None
 
+    def _set_dtype(self, given: Mapping[str, object]) -> None:
+        """``torch_dtype`` from either of its names; values that are no dtype of ours stay as they are, and `problem` names them."""
+        read = {name: named_dtype(value) for name, value in given.items()}
+        if len(set(read.values())) == 1 and None not in read.values():
+            self.torch_dtype = next(iter(read.values()))
+            return
+        for name, value in given.items():
+            setattr(self, name, str(value))  # transformers writes what is no text wrongly
+
+    def _dtype_problem(self) -> str | None:
+        found = {name: getattr(self, name, None) for name in _DTYPE_FIELDS}
+        found = {name: value for name, value in found.items() if value is not None}
+        for name, value in found.items():
+            if named_dtype(value) is None:
+                return f"{name} is {value!r}. Allowed: null, {', '.join(DTYPES)}"
+        if len({named_dtype(value) for value in found.values()}) > 1:
+            both = f"torch_dtype is {found['torch_dtype']!r} and dtype {found['dtype']!r}"
+            return f"{both}. Allowed: one of them, or the same"
+        return None
+
+    def _layers_problem(self) -> str | None:
+        """Weights and layers of a kind that no network here has."""
+        if (quantized := getattr(self, "quantization_config", None)) is not None:
+            kind = quantized.get("quant_method")
+            return f"quantization_config is there ({kind!r}). Allowed: none, quantized weights are not served"
+        kinds = getattr(self, "layer_types", None)
+        if kinds is not None and not (isinstance(kinds, list) and all(k == "full_attention" for k in kinds)):
+            other = next((k for k in kinds if k != "full_attention"), kinds) if isinstance(kinds, list) else kinds
+            return f"layer_types has {other!r}. Allowed: full_attention in every layer"
+        return None
+
+    def _rope_parameters_problem(self) -> str | None:
+        parameters = getattr(self, "rope_parameters", None)
+        if parameters is None:
+            return None
+        if not isinstance(parameters, dict):
+            return f"rope_parameters is {parameters!r}. Allowed: null, or an object with rope_type and rope_theta"
+        for name, value in parameters.items():
+            if isinstance(value, dict):
+                return f"rope_parameters has {name}, an object. Allowed: one rotary embedding for all layers"
+        for name, value in _rope_fields(parameters).items():
+            if (found := getattr(self, name, None)) != value:
+                return f"{name} is {found!r}, rope_parameters has {value!r}. Allowed: one of them, or the same"
+        return None
+
     def _unlike_released(self) -> str | None:
         for name, value in self.fixed.items():
             if getattr(self, name) != value:
@@ -110,6 +174,11 @@ class DecoderConfig(PretrainedConfig):
             value = getattr(self, name)
             if value is not None and not _is_count(value, low):
                 return f"{self.name_of(name)} is {value!r}. Allowed: null, or a whole number, at least {low}"
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if self.eos_token_id is not None and not all(_is_count(i, 0) for i in ends):
+            return (
+                f"eos_token_id is {self.eos_token_id!r}. Allowed: null, a whole number, at least 0, or a list of them"
+            )
         for name in self.positive:
             if not _is_positive(getattr(self, name)):
                 return f"{self.name_of(name)} is {getattr(self, name)!r}. Allowed: a number above 0"
@@ -168,6 +237,25 @@ class DecoderConfig(PretrainedConfig):
             f"rope_scaling has factor {scaling['factor']} and original_max_position_embeddings {original}, but "
             f"{self.name_of('max_position_embeddings')} is {longest}. Allowed: the product of the two"
         )
+
+
+def named_dtype(value: object) -> torch.dtype | None:
+    """The dtype that ``"float16"``, ``"torch.float16"`` or ``torch.float16`` names; None for any other value."""
+    return DTYPES.get(str(value).removeprefix("torch."))
+
+
+def _rope_fields(parameters: object) -> dict[str, object]:
+    """What ``rope_parameters`` says, in the fields of before transformers 5."""
+    if not isinstance(parameters, dict):
+        return {}
+    fields = {name: parameters[name] for name in _ROPE_FIELDS if parameters.get(name) is not None}
+    return fields | {"rope_scaling": _scaling({k: v for k, v in parameters.items() if k not in _ROPE_FIELDS})}
+
+
+def _scaling(given: object) -> object:
+    """A ``rope_scaling``, which is None where its kind is the default and it says nothing else."""
+    plain = isinstance(given, dict) and scaling_kind(given) == "default" and not set(given) - {"rope_type", "type"}
+    return None if plain else given
 
 
 def _is_count(value: object, least: int) -> bool:

@@ -17,18 +17,22 @@ from torch import nn
 
 from shared.errors import UserError
 from shared.family import shipped_folder, shipped_names
-from shared.network.configuration import DecoderConfig
+from shared.network.configuration import DTYPES, DecoderConfig, named_dtype
 from shared.network.kv_cache import BlockCache
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer, in the name of a module
+_WEIGHT_DTYPES = ("F32", "BF16", "F16", "F64")  # by their names in safetensors
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
     """A local checkpoint folder, else the folder of a shipped checkpoint (``SDAR/tiny``); a hub id (``organisation/name``) is downloaded into the
     Hugging Face cache first."""
+    if not str(path_or_id).strip():
+        raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
     folder = Path(path_or_id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -58,7 +62,7 @@ def _reason(error: Exception) -> str:
     )
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """The object a file of the checkpoint holds."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -73,7 +77,7 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(_read_json(index)["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         except (UserError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not a readable safetensors index ({_reason(error)})") from error
         absent = [n for n in names if not (folder / n).is_file()]
@@ -96,13 +100,19 @@ def checked_shards(
     ``rename(key)``: what the checkpoint calls a tensor (default: the same).
     """
     shards, shapes = _shards(folder), {}
+    dtypes: dict[str, str] = {}
     expected = {rename(key): shape for key, shape in expected.items()}
     ignored = [rename(key) for key in ignored]
     with _naming_damage(folder):
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                shapes |= {key: tuple(part.get_shape()) for key, part in slices.items()}
+                dtypes |= {key: part.get_dtype() for key, part in slices.items()}
     _check_names(folder, expected, {k: shape for k, shape in shapes.items() if k not in ignored})
+    for key, dtype in dtypes.items():
+        if key in expected and dtype not in _WEIGHT_DTYPES:
+            raise UserError(f"{folder}: {key} is of dtype {dtype}. Allowed: {', '.join(_WEIGHT_DTYPES)}")
     return shards
 
 
@@ -237,7 +247,7 @@ class CheckpointModel(nn.Module):
     def read_config(cls, path_or_id: str | Path) -> tuple[Path, DecoderConfig]:
         """``(checkpoint folder, its config)``; refused if the folder holds another kind of model, or one that cannot be built."""
         folder, wanted = checkpoint_folder(path_or_id), cls.config_class.model_type
-        found = _read_json(folder / "config.json").get("model_type", wanted)
+        found = read_json(folder / "config.json").get("model_type", wanted)
         if found != wanted:
             raise UserError(f"{folder}: config.json is of model_type {found!r}. Allowed: {wanted!r}")
         try:
@@ -313,9 +323,6 @@ def resolve_device(device: torch.device | str) -> torch.device:
     return resolved
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
 def resolve_dtype(
     dtype: torch.dtype | str, checkpoint: torch.dtype | str | None, device: torch.device | str
 ) -> torch.dtype:
@@ -323,21 +330,30 @@ def resolve_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise UserError(f"dtype {dtype!r} is unknown. Allowed: auto, {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
+        if (named := named_dtype(dtype)) is None:
+            raise UserError(f"dtype {dtype!r} is unknown. Allowed: auto, {', '.join(DTYPES)}")
+        return named
     if torch.device(device).type == "cpu":
         return torch.float32
-    return checkpoint if isinstance(checkpoint, torch.dtype) else _DTYPES.get(str(checkpoint), torch.bfloat16)
+    return named_dtype(checkpoint) or torch.bfloat16
 
 
 def load_tokenizer(path_or_id: str | Path):
     """The checkpoint's own tokenizer with its chat template (never remote code)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = checkpoint_folder(path_or_id)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"{folder}: no usable tokenizer, none of its files is there ({', '.join(_TOKENIZER_FILES)})")
+    config = folder / "tokenizer_config.json"
+    saved = read_json(config) if config.is_file() else {}
+    renamed = {}
+    if isinstance(saved.get("extra_special_tokens"), list):  # transformers 5, whose names for these two are new
+        renamed = {"additional_special_tokens": saved["extra_special_tokens"], "extra_special_tokens": {}}
+    backend = saved.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
+    kind = PreTrainedTokenizerFast if backend else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return kind.from_pretrained(folder, trust_remote_code=False, **renamed)
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
 
@@ -387,7 +403,7 @@ def _stop_ids(mask: int, config, folder: Path | None, tokenizer, family: list[in
     A checkpoint may list its mask token among them, which no text ends with; one that lists nothing else has none.
     """
     generation = folder / "generation_config.json" if folder else None
-    listed = _read_json(generation).get("eos_token_id") if generation and generation.is_file() else None
+    listed = read_json(generation).get("eos_token_id") if generation and generation.is_file() else None
     for found in (listed, config.eos_token_id, getattr(tokenizer, "eos_token_id", None), family):
         ids = found if isinstance(found, list | tuple) else [] if found is None else [found]
         stops = [i for i in ids if i != mask]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import re
 import sys
@@ -24,8 +25,8 @@ from shared.output import Completion, Output
 from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World
 from shared.scripts.judging import is_solved
-from shared.scripts.prompts import encode_prompt, read_prompt_file
-from shared.scripts.store import Store
+from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
+from shared.scripts.store import Store, check_writable
 from shared.trace import format_trace
 
 
@@ -48,17 +49,25 @@ class ScriptArguments:
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = option("auto", "auto, float32, bfloat16, float16, float64")
     tensor_parallel: int = option(1, "processes that hold one model together (torchrun --nproc_per_node=N)", low=1)
-    prompt_length: int | None = option(None, "keep at most this many tokens of a prompt", low=1)
+    prompt_length: int | None = option(None, "keep at most this many tokens of a prompt, the last ones", low=1)
     no_chat: bool = option(False, "send the prompt without the chat template")
     compare: bool | None = option(None, "also run plain diffusion and block size one; default: when no prompt is given")
     trust_remote_code: bool = option(False, "accepted for old command lines; this repository's own code is always used")
 
     def __post_init__(self):
         check(self)
+        if self.model is not None and not self.model.strip():
+            raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
         if self.prompt is not None and self.prompt_file is not None:
             raise UserError("prompt and prompt_file are both given. Allowed: one of them")
         if self.trace is not None and not Path(self.trace).parent.is_dir():
             raise UserError(f"trace {self.trace!r}: no such folder. Allowed: a file in a folder that is there")
+        if self.trace is not None and Path(self.trace).is_dir():
+            raise UserError(f"trace {self.trace!r} is a folder. Allowed: a file")
+        if self.trace is not None:
+            check_writable(Path(self.trace).parent)
+        if self.output_dir is not None:
+            check_writable(Path(self.output_dir))
         if self.compare and self.tensor_parallel > 1:
             raise UserError("compare and tensor_parallel above 1 are both given. Allowed: one of them")
 
@@ -160,6 +169,8 @@ def parse(
         choice.add_to(parser)
     given, strange = parser.parse_known_args(argv)
     if strange:
+        if not strange[0].startswith("-"):
+            raise UserError(f"{strange[0]!r} belongs to no flag. Allowed: --prompt and the text, in quotes")
         raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
     given, hints = vars(given), get_type_hints(ScriptArguments)
     script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
@@ -184,7 +195,9 @@ def unknown_flag(flag: str, parser: argparse.ArgumentParser, choice: Choice | No
         named = " or ".join(f"--{choice.flag} {name}" for name in owners)
         return UserError(f"flag {flag!r} is not one of {choice.name}. Allowed with {named}")
     flags = sorted({s.lstrip("-") for a in parser._actions for s in a.option_strings if s.startswith("--")})
-    return unknown_name("flag", flag, flags)
+    near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return UserError(f"unknown flag {flag!r}{hint} Allowed: {len(flags)} flags, --help lists them")
 
 
 def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -> tuple[list[dict], list[list[int]]]:
@@ -199,7 +212,13 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
         prompts = [encode_prompt(tokenizer, record, chat=not script.no_chat) for record in records]
     except UserError as error:
         raise UserError(f"{script.prompt_file or 'prompt'}: {error}") from error
-    return records, [p[: script.prompt_length] for p in prompts]
+    return records, prompts
+
+
+def fit_prompts(script: ScriptArguments, tokenizer, prompts: Sequence[list[int]], mask_id: int) -> list[list[int]]:
+    """``prompts`` without mask tokens, cut to their last ``prompt_length`` tokens: there stand the question and the header of the answer."""
+    kept = slice(None if script.prompt_length is None else -script.prompt_length, None)
+    return [spell_out(tokenizer, ids, mask_id)[kept] for ids in prompts]
 
 
 def question_of(script: ScriptArguments, record: dict) -> str:
@@ -225,6 +244,16 @@ def result_of(index: int, record: dict, completion: Completion) -> dict:
         "decided": completion.trace.counts(),
         "seconds": round(completion.seconds, 4),
     }
+
+
+def found_texts(script: ScriptArguments, run: dict) -> dict[int, dict]:
+    """The results of earlier runs in the output folder, by index; refused where they do not go with this run."""
+    found = Store(script.output_dir, "outputs", "index", run=run).found
+    if found and script.trace is not None:
+        raise UserError(
+            f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
+        )
+    return found
 
 
 class Streamer:
@@ -344,6 +373,8 @@ class Script:
         )
         device = resolve_device(world.device(script.device))
         model = tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
+        mask_id, _ = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
+        prompts = fit_prompts(script, tokenizer, prompts, mask_id)
         if world.rank == 0:
             print(f"{self.title} | {source} | {model.device.type}, {str(model.dtype)[6:]}")
             values = " ".join(f"{k}={v}" for k, v in self.presets.get(preset, {}).items())
@@ -386,12 +417,10 @@ class Script:
             "options": options.to_flat(),
             "prompts": prompts,
         }
-        results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run)
+        # One process reads the folder, before any writes there.
+        found = world.decided(lambda: found_texts(script, run)) if script.output_dir is not None else {}
+        results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run, found=found)
         todo = [k for k in world.share(range(len(prompts))) if k not in results.found]
-        if results.found and script.trace is not None:
-            raise UserError(
-                f"output_dir {script.output_dir!r} holds texts without their traces. Allowed with trace: a new folder"
-            )
         if results.found and world.rank == 0:
             print(f"{len(results.found)} of {len(prompts)} texts are in {script.output_dir} already")
         if not todo:

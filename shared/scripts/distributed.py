@@ -8,10 +8,10 @@ leads, which means that it alone prints and writes. Nothing here is needed, or i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,6 +64,21 @@ class World(NamedTuple):
             return f"cuda:{self.local % torch.cuda.device_count()}"
         return name
 
+    def decided(self, decide: Callable[[], Any]) -> Any:
+        """What ``decide()`` gives on rank 0, the only one that calls it; the others wait for it. A `UserError` is raised on all."""
+        if self.size == 1:
+            return decide()
+        told = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = decide()
+            except UserError as error:
+                told[1] = str(error)
+        _met().broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise UserError(told[1])
+        return told[0]
+
     def gather(self, output: Output | None) -> Output | None:
         """On rank 0 the outputs of all models as one (None on the others, or when nobody decoded anything).
 
@@ -71,10 +86,7 @@ class World(NamedTuple):
         """
         if self.size == 1:
             return output
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist = _met()
         parts: list[Output | None] = [None] * self.size
         dist.all_gather_object(parts, output)
         check_agreement(parts, self.tensor)
@@ -96,6 +108,15 @@ class World(NamedTuple):
             import torch.distributed as dist
 
             dist.destroy_process_group()
+
+
+def _met():
+    """`torch.distributed`, where the processes have met."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return dist
 
 
 def check_agreement(outputs: Sequence[Output | None], tensor: int) -> None:

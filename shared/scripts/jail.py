@@ -4,7 +4,8 @@ python -I jail.py SECONDS MEMORY_MB FILES_MB FOLDER < program.py
 
 FOLDER, which must be there, is where the program's own file system in memory appears; nothing is written to the real one.
 
-Exit codes: 77 the program reached its end, 1 it did not, 2 out of time, 3 a limit could not be set (the reason is the last line on standard error).
+Exit codes: 77 the program reached its end, 1 it did not, 2 out of time, 3 a limit could not be set, 4 the interpreter died. For 3 and 4 the reason is the
+last line on standard error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import struct
 import sys
 import time
 
-PASSED, FAILED, LATE, REFUSED = 77, 1, 2, 3
+PASSED, FAILED, LATE, REFUSED, DIED = 77, 1, 2, 3, 4
+RAISED = 78  # of the process inside, for FAILED: a library that gives up may exit with 1
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 0x40000
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_RDONLY = 442, -100, 0x8000, 1
@@ -117,8 +119,18 @@ def inside(program: bytes, folder: str, limits: tuple[float, int, int], ready: i
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
     except BaseException:
-        os._exit(FAILED)
+        os._exit(RAISED)
     os._exit(PASSED)
+
+
+def outcome(code: int) -> int:
+    """Our exit code for that of the process inside, which is negative where a signal ended it."""
+    if code == -signal.SIGXCPU:
+        return LATE
+    if code in (PASSED, RAISED):
+        return PASSED if code == PASSED else FAILED
+    print(signal.Signals(-code).name if code < 0 else f"exit code {code}", file=sys.stderr)
+    return DIED
 
 
 def main() -> int:
@@ -148,7 +160,7 @@ def main() -> int:
         return LATE
     if not confined:
         return REFUSED
-    return PASSED if os.waitstatus_to_exitcode(status) == PASSED else FAILED
+    return outcome(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

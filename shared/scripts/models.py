@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import torch
 
 from shared.errors import UserError, unknown_name
 from shared.family import FAMILIES, Adapter, Family, Network
-from shared.network.loading import CheckpointModel, checkpoint_folder
+from shared.network.loading import CheckpointModel, checkpoint_folder, read_json
 
 
 def model_type(source: str | Path) -> str | None:
     """The ``model_type`` in the config.json of a checkpoint."""
-    return json.loads((checkpoint_folder(source) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return read_json(checkpoint_folder(source) / "config.json").get("model_type")
 
 
 def family_of_checkpoint(source: str | Path) -> str:

@@ -74,3 +74,12 @@ def encode_prompt(tokenizer, record: dict, *, chat: bool = True) -> list[int]:
         raise UserError("the tokenizer has no chat template; --no_chat sends the prompt as it is")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def spell_out(tokenizer, ids: list[int], mask_id: int) -> list[int]:
+    """``ids`` of a prompt whose text wrote the mask token out: there it is words, since a mask means 'to be decoded'."""
+    if mask_id not in ids:
+        return ids
+    written = tokenizer.convert_ids_to_tokens(mask_id)
+    words = tokenizer(written, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [token for i in ids for token in (words if i == mask_id else [i])]

@@ -17,7 +17,11 @@ from shared.errors import UserError
 
 _JAIL = Path(__file__).parent / "jail.py"
 _GRACE = 10.0  # seconds for the interpreter to start, on top of the program's own
-_PASSED, _FAILED, _LATE = 77, 1, 2  # exit codes of jail.py; any other means that it could not set its limits
+# Exit codes of jail.py; any other than these means that it could not set its limits.
+_PASSED, _DIED = 77, 4
+_REASONS = {_PASSED: "passed", 1: "failed", 2: "timed out", _DIED: "died"}
+# No program may start threads here, and the libraries of numpy end the interpreter where they cannot.
+_ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +35,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``passed``: the program reached its end. ``reason``: passed, failed (an error, or it left early), or timed out."""
+    """``passed``: the program reached its end. ``reason``: passed, failed (an error, or it left early), timed out, or died.
+
+    A program that died took the interpreter with it: by a signal, or by leaving without unwinding. ``how`` says which (``SIGSEGV``, ``exit code 0``).
+    """
 
     passed: bool
     reason: str
+    how: str = ""
 
 
 def run(program: str, limits: Limits | None = None) -> Verdict:
@@ -52,14 +60,13 @@ def run(program: str, limits: Limits | None = None) -> Verdict:
                 stderr=subprocess.PIPE,
                 timeout=limits.seconds + _GRACE,
                 start_new_session=True,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **_ONE_THREAD},
                 check=False,
             )
         except subprocess.TimeoutExpired:
             return Verdict(False, "timed out")
-    if done.returncode in (_PASSED, _FAILED, _LATE):
-        return Verdict(
-            done.returncode == _PASSED, {_PASSED: "passed", _FAILED: "failed", _LATE: "timed out"}[done.returncode]
-        )
     why = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if done.returncode in _REASONS:
+        reason = _REASONS[done.returncode]
+        return Verdict(done.returncode == _PASSED, reason, why if done.returncode == _DIED else "")
     raise UserError(f"model-written code is not run, because it cannot be confined here: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TextIO
 
@@ -15,7 +16,8 @@ class Store:
 
     Every process appends to a file of its own, ``NAME.jsonl`` or ``NAME.rank1.jsonl`` and so on, and reads all of them. Nothing is written before the
     first record. ``run``: settings, kept in run.json, that all runs into one folder must share. ``resume`` off: what is there is not read, and this
-    process's file begins anew. Without a folder nothing is kept. Raises `UserError` where the folder cannot be used.
+    process's file begins anew. ``found``: what another process has read there, so that this one neither reads nor checks. Without a folder nothing is
+    kept. Raises `UserError` where the folder cannot be used.
     """
 
     def __init__(
@@ -27,14 +29,17 @@ class Store:
         rank: int = 0,
         run: dict | None = None,
         resume: bool = True,
+        found: dict | None = None,
     ):
         self.root = None if folder is None else Path(folder)
         self.key, self.rank, self.run, self.resume = key, rank, run, resume
         self.file: TextIO | None = None
-        self.found: dict = {}
+        self.found: dict = found or {}
         if self.root is None:
             return
         self.path = self.root / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
+        if found is not None:
+            return
         check_writable(self.root)
         if run is not None:
             self._check_run()
@@ -87,12 +92,19 @@ class Store:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `UserError` unless ``folder`` is one, or can be made."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output folder {str(folder)!r} is a file. Allowed: a folder")
+    """Raise `UserError` unless ``folder`` is one, or can be made. Nothing is left there."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours")
+    if not there.is_dir():
+        which = "is a file" if there == folder else f"is under a file ({there})"
+        raise UserError(f"output folder {str(folder)!r} {which}. Allowed: a folder")
+    try:
+        if not os.access(there, os.W_OK):
+            raise PermissionError
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        message = f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours"
+        raise UserError(message) from error
 
 
 def whole_lines(path: Path) -> bytes:

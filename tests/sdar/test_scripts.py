@@ -164,7 +164,13 @@ def test_two_processes_give_what_one_gives(capsys, tmp_path):
     argv = [*FAST, "--prompt_file", str(prompts), "--batch_size", "2", "--acceptance", "published", "--output_dir"]
     generate_ssd_policy.SCRIPT.main([*argv, str(tmp_path / "one")])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [str(Path(sdar.__file__).parent / "generate_ssd_policy.py"), *argv, str(tmp_path / "two")]
+    script = [
+        str(Path(sdar.__file__).parent / "generate_ssd_policy.py"),
+        *argv,
+        str(tmp_path / "two"),
+        "--trace",
+        str(tmp_path / "trace.json"),
+    ]
     two = subprocess.run(
         [*torchrun, *script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -177,3 +183,4 @@ def test_two_processes_give_what_one_gives(capsys, tmp_path):
     assert sorted(ids[1]) == [0, 1, 2, 3, 4]
     assert ids[0] == ids[1]
     assert (tmp_path / "two/outputs.rank1.jsonl").is_file()
+    assert len(json.loads((tmp_path / "trace.json").read_text())) == 5

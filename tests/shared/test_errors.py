@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from shared.errors import UserError, unknown_name
+import subprocess
+import sys
+
+import pytest
+
+from shared.errors import UserError, run_main, unknown_name
 
 
 def test_the_nearest_names_are_suggested():
@@ -23,3 +28,23 @@ def test_no_name_is_told_twice():
 
 def test_a_full_stop_stands_before_what_is_allowed():
     assert str(unknown_name("policy", "zzz", ["always"])) == "unknown policy 'zzz'. Allowed: always"
+
+
+def test_a_reader_that_has_enough():
+    """``program | head -1``: no traceback, and the exit code of the signal."""
+    program = "from shared.errors import run_main\nrun_main(lambda: [print('x' * 99, flush=True) for _ in range(9999)])"
+    done = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done.stdout.readline()
+    done.stdout.close()
+    assert done.stderr.read() == b""
+    assert done.wait() == 141
+
+
+def test_weights_that_are_not_finite_end_in_one_line(capsys):
+    def decode():
+        raise FloatingPointError("logits are not finite at step 3, first in layer 1")
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(decode)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: logits are not finite at step 3, first in layer 1\n"

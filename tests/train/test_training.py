@@ -15,11 +15,12 @@ from llada2 import LLaDA2MoeModelLM
 from sdar import SDARForCausalLM
 from shared.network.loading import load_tokenizer
 from tests.train.shipped import TINY
+from train import make_tasks
 from train.__main__ import main
 from train.data import TRAINED_TO, WIDTH_STEP, batches, encode_rows
 from train.loop import learning_rate_scale
 from train.optim import Muon, optimizers, orthogonalise
-from train.tasks import held_out
+from train.tasks import TASKS, held_out
 from train.tokenizer import chat_prompt
 
 
@@ -121,6 +122,12 @@ def test_smoke_run_writes_a_checkpoint(tmp_path, capsys, family, model_class, le
         (["SDRA"], "invalid choice: 'SDRA'"),
         (["SDAR", "--steps", "1"], "required: --out"),
         (["SDAR", "--out", "x", "--steps", "1", "--device", "gpu"], "device 'gpu'"),
+        (["SDAR", "--out", str(TINY), "--steps", "1"], "has a config.json. Allowed: a new folder, or --overwrite"),
+        (["tokenizer", "--out", str(TINY)], "has a config.json. Allowed: a new folder, or --overwrite"),
+        (["SDAR", "--out", str(TINY / "config.json" / "x"), "--steps", "1"], "is under a file"),
+        (["SDAR", "--out", "/proc/x", "--steps", "1"], "output folder '/proc/x' cannot be written"),
+        (["probe", "--model", "SDAR/tiny", "--count", "0"], "count is 0. Allowed: a whole number, at least 1"),
+        (["probe", "--model", ""], "model '' is empty"),
         (["probe", "--model", "/nowhere"], "no such folder"),
         (["probe", "--model", "SDAR/tiny", "--checkpoint", "draft=x"], "unknown role of SDAR 'draft'"),
         (["probe", "--model", "SDAR/tiny", "--family", "SADR"], "did you mean SDAR"),
@@ -132,6 +139,26 @@ def test_bad_arguments_are_one_line(command, message, capsys):
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.out == ""
+
+
+def test_a_checkpoint_is_written_over_when_asked(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("old")
+    assert main(["tokenizer", "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "tokenizer.json").read_text() == "old"
+    assert main(["tokenizer", "--out", str(tmp_path), "--overwrite"]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path).mask_token == "<|MASK|>"
+
+
+def test_help_writes_no_tasks(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_tasks, "FOLDER", tmp_path)
+    for argv, code in ((["--help"], 0), (["--halp"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            make_tasks.main(argv)
+        assert stop.value.code == code
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(make_tasks, "PROBLEMS", 2)
+    make_tasks.main([])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.jsonl" for name in sorted(TASKS)]
 
 
 def test_shipped_folder_is_small_and_complete():

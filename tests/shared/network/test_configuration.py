@@ -3,11 +3,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fast_dllm_v2 import Fast_dLLM_QwenConfig
 from llada2 import LLaDA2MoeConfig
 from sdar import SDARConfig
 from shared.network.configuration import DecoderConfig
+from shared.network.rotary import Rotary
+
+CPU = torch.device("cpu")
 
 FAMILIES = pytest.mark.parametrize("config", [DecoderConfig, SDARConfig, Fast_dLLM_QwenConfig, LLaDA2MoeConfig])
 
@@ -111,7 +115,63 @@ def test_rope_scaling_that_cannot_be_served(scaling, message):
 def test_rope_scaling_that_can(scaling):
     assert SDARConfig(rope_scaling=scaling).problem() is None
     unscaled = LLaDA2MoeConfig(rope_scaling=scaling).problem()
-    assert (unscaled is None) == (scaling is None), "LLaDA2 was released without"
+    assert (unscaled is None) == (scaling in (None, {}, {"type": "default"})), "LLaDA2 was released without"
+
+
+@FAMILIES
+@pytest.mark.parametrize("kind", ["default", None])
+def test_rope_parameters_of_newer_configs(config, kind):
+    new = {"rope_type": kind} if kind else {}
+    read = config(rope_parameters={**new, "rope_theta": 500000.0, "partial_rotary_factor": 0.5})
+    assert read.problem() is None
+    assert (read.rope_theta, read.rope_scaling, read.partial_rotary_factor) == (500000.0, None, 0.5)
+    old = config(rope_theta=500000.0, partial_rotary_factor=0.5)
+    assert torch.equal(Rotary.of(read).frequencies(CPU)[0], Rotary.of(old).frequencies(CPU)[0])
+
+
+def test_scaling_in_rope_parameters():
+    read = SDARConfig(rope_scaling=None, rope_parameters={**YARN, "rope_theta": 1e6})
+    assert (read.problem(), read.rope_theta, read.rope_scaling) == (None, 1e6, YARN)
+    again = SDARConfig(**read.to_dict())
+    assert (again.problem(), again.rope_theta, again.rope_scaling) == (None, 1e6, YARN)
+
+
+@FAMILIES
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["float16", "torch.float16"])
+def test_both_names_of_the_dtype(config, name, value):
+    read = config(**{name: value})
+    assert read.problem() is None
+    assert read.torch_dtype == torch.float16
+    assert config(**{"dtype": value, "torch_dtype": "float16"}).problem() is None
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rope_parameters": "yarn"}, "rope_parameters is 'yarn'. Allowed: null, or an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters has full_attention, an object"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 10000.0, rope_parameters has 500000.0"),
+        ({"rope_parameters": {"rope_theta": "5e5"}}, "rope_theta is '5e5'. Allowed: a number above 0"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'. Allowed: null, float32, bfloat16, float16, float64"),
+        ({"torch_dtype": 16}, "torch_dtype is '16'. Allowed: null, float32"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "torch_dtype is 'bfloat16' and dtype 'float16'. Allowed: one"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is there ('awq'). Allowed: none"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'. Allowed: full_att"),
+        ({"layer_types": 3}, "layer_types has 3"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'. Allowed: null, a whole number, at least 0, or a list of them"),
+        ({"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_changes_the_network_and_is_not_served(config, changed, message):
+    assert config(**changed).problem().startswith(message)
+
+
+def test_rope_parameters_of_an_unknown_kind():
+    assert "rope_type 'dynamic'" in SDARConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}).problem()
+    assert LLaDA2MoeConfig(rope_parameters=YARN).problem().startswith("rope_scaling {")
 
 
 def test_what_follows_from_other_fields():

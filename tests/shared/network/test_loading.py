@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdar import SDARConfig, SDARForCausalLM
 from shared.errors import UserError
+from shared.family import FAMILIES
 from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_device, resolve_dtype, special_ids
 from shared.scripts import tensor_parallel
 
@@ -168,7 +170,10 @@ def test_a_damaged_config(folder, text):
     ("change", "message"),
     [
         ({"hidden_size": "8"}, r"hidden_size is '8'\. Allowed: a whole number, at least 1$"),
-        ({"torch_dtype": "half a float"}, "config.json cannot be used .*half a float"),
+        ({"torch_dtype": "half a float"}, "torch_dtype is 'half a float'. Allowed: null, float32"),
+        ({"torch_dtype": 16}, "torch_dtype is '16'. Allowed: null, float32"),
+        ({"quantization_config": "awq"}, r"quantization_config is there \('awq'\)"),
+        ({"num_labels": "x"}, "config.json cannot be used .*TypeError"),
     ],
     ids=str,
 )
@@ -347,8 +352,18 @@ def test_a_damaged_generation_config(tmp_path):
         ids(tmp_path)
 
 
+def test_no_model_at_all():
+    with pytest.raises(UserError, match="model '' is empty"):
+        checkpoint_folder("")
+
+
+def test_weights_that_are_whole_numbers(folder):
+    edit(folder, lambda s: s.update({"model.norm.weight": torch.ones(8, dtype=torch.int64)}))
+    refused(folder, "model.norm.weight is of dtype I64. Allowed: F32, BF16, F16, F64")
+
+
 def test_no_tokenizer(folder):
-    with pytest.raises(UserError, match="no usable tokenizer"):
+    with pytest.raises(UserError, match="no usable tokenizer, none of its files is there"):
         load_tokenizer(folder)
 
 
@@ -359,7 +374,36 @@ def test_a_damaged_tokenizer(folder):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("tokenizer_class", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_saved_by_transformers_5(tmp_path, tokenizer_class):
+    shutil.copytree(FAMILIES["SDAR"].tiny, tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": tokenizer_class, "extra_special_tokens": config.pop("additional_special_tokens")}
+    (tmp_path / "new" / "special_tokens_map.json").unlink()
+    (tmp_path / "new" / "tokenizer_config.json").write_text(json.dumps(config))
+    old, new = load_tokenizer(FAMILIES["SDAR"].tiny), load_tokenizer(tmp_path / "new")
+    talk = [{"role": "user", "content": "What is 2 + 3?"}]
+    assert new.apply_chat_template(talk, tokenize=True) == old.apply_chat_template(talk, tokenize=True)
+    assert (new.mask_token_id, new.eos_token_id) == (old.mask_token_id, old.eos_token_id)
+    assert new.additional_special_tokens == ["<|im_start|>", "<|im_end|>"]
+    assert new.decode(new("<|im_end|>hello").input_ids, skip_special_tokens=True) == "hello"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"dtype": "float16"}, {"torch_dtype": "torch.float16"}, {"torch_dtype": "float16", "quantization_config": None}],
+    ids=str,
+)
+def test_the_dtype_of_both_generations(folder, fields):
+    config = json.loads((folder / "config.json").read_text())
+    del config["torch_dtype"]
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    _, read = SDARForCausalLM.read_config(folder)
+    assert resolve_dtype("auto", read.torch_dtype, "cuda") == torch.float16
+
+
 def test_a_tokenizer_brings_no_code(folder, monkeypatch):
+    (folder / "tokenizer.json").write_text("{}")
     asked = {}
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **flat: asked.update(flat))
     load_tokenizer(folder)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sdar import SDARConfig, SDARForCausalLM, generate_ssd_policy
 from shared.errors import UserError
+from shared.network.loading import load_tokenizer
 from shared.options import ALIASES, Acceptance, Blocks, Cache, FlatOptions, Routing, Sampling, Unmask
 from shared.output import Completion, Lossless, Output
 from shared.scripts.cli import (
@@ -21,11 +23,13 @@ from shared.scripts.cli import (
     Streamer,
     build_parser,
     choose_script,
+    fit_prompts,
     format_comparison,
     load_prompts,
     parse,
     result_of,
 )
+from shared.scripts.prompts import spell_out
 from shared.trace import Spent, Trace
 
 
@@ -142,7 +146,10 @@ def test_values(name, argv, value):
         (["--cache"], "unknown flag 'cache'"),
         (["--block_len", "4"], "unknown flag 'block_len'; did you mean block_length"),
         (["--blok_length=4"], "unknown flag 'blok_length'; did you mean block_length"),
-        (["stray"], "unknown flag 'stray'"),
+        (["stray"], "'stray' belongs to no flag. Allowed: --prompt"),
+        (["--model", ""], "model '' is empty"),
+        (["--output_dir", "/proc/out"], "output folder '/proc/out' cannot be written"),
+        (["--trace", "/"], "trace '/' is a folder. Allowed: a file"),
         (["--top_k"], "expected one argument"),
         (["--top_k", "many"], "top_k is 'many'. Allowed: int"),
         (["--top_p", "2"], "top_p is 2.0. Allowed: above 0.0 and at most 1.0"),
@@ -214,9 +221,33 @@ def test_prompts_of_a_script(tmp_path):
     mine.write_text("one\ntwo\n")
     assert load()[0] == [{"prompt": "d", "answer": 1}]
     assert load(prompt="p", no_chat=True)[1] == [[ord("p")]]
-    assert load(prompt_file=str(mine), prompt_length=2)[1] == [[ord(">"), ord("o")], [ord(">"), ord("t")]]
+    assert load(prompt_file=str(mine))[1] == [[ord(c) for c in ">one"], [ord(c) for c in ">two"]]
     with pytest.raises(UserError, match="prompt: the prompt is empty"):
         load(prompt=" ")
+
+
+def test_a_long_prompt_keeps_its_end():
+    fit = lambda ids, **flat: fit_prompts(ScriptArguments(**flat), None, ids, 99)  # noqa: E731
+    assert fit([[1, 2, 3], [4]], prompt_length=2) == [[2, 3], [4]]
+    assert fit([[1, 2, 3], [4]]) == [[1, 2, 3], [4]]
+    assert "the last ones" in " ".join(build_parser(Options, "").format_help().split())
+
+
+def test_a_mask_token_written_out_in_a_prompt_is_words(capsys, tmp_path):
+    """Of one prompt and of several, with and without a limit on the length."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("In BERT the token <|MASK|> is hidden. What?\nWhat is 2 + 3?\n")
+    argv = ["--max_new_tokens", "8", "--prompt_length", "40", "--output_dir", str(tmp_path / "out")]
+    generate_ssd_policy.SCRIPT.main([*argv, "--prompt_file", str(prompts)])
+    assert len((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()) == 2
+    tokenizer = load_tokenizer("SDAR/tiny")
+    text = "a <|MASK|> b"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spelled = spell_out(tokenizer, ids, 1023)
+    assert 1023 in ids
+    assert 1023 not in spelled
+    assert tokenizer.decode(spelled) == text
+    assert spell_out(tokenizer, ids, 5) == ids
 
 
 def completion(request: int, tokens: list[int] | None = None) -> Completion:
@@ -509,6 +540,27 @@ def test_traces_are_of_whole_runs(checkpoint, capsys, tmp_path):
     assert "without their traces" in _refused(
         checkpoint, capsys, "--output_dir", folder, "--trace", str(tmp_path / "x.json")
     )
+
+
+def test_a_late_process_does_not_take_the_firsts_texts_for_old_ones(checkpoint, monkeypatch, tmp_path):
+    """Rank 1 of two comes to the new folder after rank 0 has written there."""
+    folder = tmp_path / "out"
+    run(checkpoint, "--output_dir", str(folder))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, src: told.__setitem__(slice(None), [{}, None]))
+    monkeypatch.setattr(dist, "all_gather_object", lambda room, mine: room.__setitem__(1, mine))
+    run(checkpoint, "--output_dir", str(folder), "--trace", str(tmp_path / "trace.json"))
+    assert [json.loads(line)["index"] for line in (folder / "outputs.rank1.jsonl").open()] == [1]
+
+
+def test_an_unknown_flag_is_one_short_line():
+    with pytest.raises(UserError) as caught:
+        parsed("--blok_length", "4")
+    assert "did you mean block_length" in str(caught.value)
+    assert str(caught.value).endswith("flags, --help lists them")
+    assert len(str(caught.value)) < 160
 
 
 def test_results_of_another_dtype_are_refused(checkpoint, capsys, tmp_path):

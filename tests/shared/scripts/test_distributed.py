@@ -6,6 +6,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.errors import UserError
 from shared.output import Completion, Lossless, Output
 from shared.scripts.distributed import World
 from shared.trace import Spent, Trace
@@ -81,6 +82,31 @@ def test_outputs_become_one(monkeypatch):
     assert whole.lossless == Lossless(True, "why")
     assert gathered(monkeypatch, 1, parts) is None
     assert gathered(monkeypatch, 2, parts) is None
+
+
+def test_the_first_decides(monkeypatch):
+    """Its answer, or its refusal, is everybody's; the others are not asked."""
+    sent = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, src: sent.append(list(told)))
+    assert World(0, 2, 0).decided(lambda: {3: "x"}) == {3: "x"}
+
+    def refuse():
+        raise UserError("no")
+
+    with pytest.raises(UserError, match=r"^no$"):
+        World(0, 2, 0).decided(refuse)
+    assert sent == [[{3: "x"}, None], [None, "no"]]
+    for told in sent:
+        monkeypatch.setattr(
+            dist, "broadcast_object_list", lambda room, src, told=told: room.__setitem__(slice(None), told)
+        )
+        if told[1]:
+            with pytest.raises(UserError, match=r"^no$"):
+                World(1, 2, 1).decided(pytest.fail)
+        else:
+            assert World(1, 2, 1).decided(pytest.fail) == {3: "x"}
+    assert World(0, 1, 0).decided(lambda: 5) == 5
 
 
 def test_nobody_decoded_anything(monkeypatch):

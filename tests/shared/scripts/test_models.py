@@ -11,7 +11,14 @@ from shared import family as described
 from shared.errors import UserError
 from shared.family import FAMILIES, Adapter, Decoder, DecoderSetting, Family, Network
 from shared.scripts import models
-from shared.scripts.models import check_roles, checkpoints_of, family_of_checkpoint, load_models, other_models
+from shared.scripts.models import (
+    check_roles,
+    checkpoints_of,
+    family_of_checkpoint,
+    load_models,
+    model_type,
+    other_models,
+)
 
 
 def kind(name: str):
@@ -90,3 +97,9 @@ def test_the_family_of_a_checkpoint(tmp_path, monkeypatch):
         family_of_checkpoint(checkpoint(tmp_path / "b", "t"))
     with pytest.raises(UserError, match=r"'qwen9'\. Allowed: .*sdar \(SDAR\).*or give family="):
         family_of_checkpoint(checkpoint(tmp_path / "c", "qwen9"))
+
+
+def test_a_damaged_config_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
+        model_type(tmp_path)

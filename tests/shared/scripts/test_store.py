@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from shared.errors import UserError
-from shared.scripts.store import Store, records_in
+from shared.scripts.store import Store, check_writable, records_in
 
 RUN = {"model": "m", "options": {"stopping_criteria_idx": [1]}, "prompts": [[1], [2], [3]]}
 
@@ -126,3 +127,15 @@ def test_no_folder_nothing_kept():
     nowhere = store(None, run=RUN)
     nowhere.append({"index": 0})
     assert nowhere.found == {}
+
+
+def test_an_output_folder_that_cannot_be_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"is under a file .*Allowed: a folder"):
+        check_writable(tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="is a file"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(Path("/proc/out"))
+    check_writable(tmp_path / "a" / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
