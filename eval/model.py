@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from shared.errors import UserError, unknown_name
 from shared.family import Network, family_named, imported
 from shared.network.loading import load_tokenizer
 from shared.network.sizes import sizes_of
+from shared.options import ALIASES, coerce
 from shared.output import Lossless, Output
 from shared.scripts.distributed import World
 from shared.scripts.models import (
@@ -47,7 +48,7 @@ _NOT_OPTIONS = ("until",)
 
 @register_model("dllm")
 class DraftAndVerifyLM(TemplateLM):
-    """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
+    """See README.md for the keys. Options of the decoder are keys too. ``gen_kwargs`` win over them, they over the task's, the task's over ``preset``.
 
     ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``). The checkpoint of another network goes by
     the key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how
@@ -92,7 +93,7 @@ class DraftAndVerifyLM(TemplateLM):
             raise unknown_name("decoder", decoder, self._family.decoders)
         check_roles(self._family, decoder, self.checkpoints)
         self.decoder_name, self._decoder = decoder, self._family.decoders[decoder]
-        self._flat = {**(self._decoder.preset(preset) if preset else {}), **options}
+        self._preset, self._flat = dict(self._decoder.preset(preset)) if preset else {}, options
         self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
         self.options_for({})
 
@@ -123,25 +124,32 @@ class DraftAndVerifyLM(TemplateLM):
         self.decoder_name = name
 
     def options_for(self, task_kwargs: dict):
-        """The decoder's options for a task's generation_kwargs: ``--gen_kwargs`` over ``model_args`` over the task's."""
+        """The decoder's options for a task: ``--gen_kwargs`` over ``model_args`` over the task's own over the preset over the defaults."""
         task = {k: v for k, v in task_kwargs.items() if k not in _NOT_OPTIONS and k not in self._gen_kwargs}
+        layers = (self._preset, task, self._flat, self._gen_kwargs)
         if self._user_generate:
-            return self._user_options({**task, **self._flat, **self._gen_kwargs})
+            return self._user_options(layers)
         kind = self._decoder.options_class
         try:
-            options = kind.from_flat(task, **self._flat)
-            return options.replace(**self._gen_kwargs) if self._gen_kwargs else options
+            return kind.from_layers(*layers)
         except UserError as error:
             if "unknown option" not in str(error):
                 raise
-            key = next(k for k in (*self._flat, *self._gen_kwargs, *task) if repr(k) in str(error))
+            key = next(k for layer in layers for k in layer if repr(k) in str(error))
             raise unknown_name(
                 "model_args key or gen kwarg", key, [*kind.names(), *LOADER_KEYS, *self._family.networks]
             ) from None
 
-    def _user_options(self, flat: dict) -> dict:
-        lengths = [flat.pop(k) for k in ("max_gen_toks", "max_new_tokens") if k in flat]
-        flat["max_new_tokens"] = int(lengths[-1]) if lengths else 512
+    def _user_options(self, layers: Sequence[dict]) -> dict:
+        """Keywords for ``custom_generate``: its length as ``max_new_tokens``, and of the task's others those that it knows."""
+        flat: dict = {}
+        for layer in layers:
+            length = next((layer[k] for k in ALIASES["max_new_tokens"] if layer.get(k) is not None), None)
+            flat |= {k: v for k, v in layer.items() if k not in ALIASES["max_new_tokens"]}
+            flat |= {} if length is None else {"max_new_tokens": length}
+        flat["max_new_tokens"] = coerce("max_new_tokens", flat.get("max_new_tokens", 512), int)
+        if flat["max_new_tokens"] < 1:
+            raise UserError(f"max_new_tokens is {flat['max_new_tokens']}. Allowed: at least 1")
         known = inspect.signature(self._user_generate).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             flat = {k: v for k, v in flat.items() if k in known or k in self._flat or k in self._gen_kwargs}

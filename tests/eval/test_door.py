@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
+from eval.grid import settings_of
 from eval.model import DraftAndVerifyLM
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
@@ -146,6 +147,33 @@ def test_precedence_and_unknown_names():
         DraftAndVerifyLM(pretrained=TINY, decoder="ssd")
 
 
+def test_a_task_beats_a_preset_and_what_the_user_typed_beats_the_task():
+    """Each layer by itself, in another spelling than the one below."""
+    length = lambda lm, task: lm.options_for(task).to_flat()["max_new_tokens"]  # noqa: E731
+    lm = DraftAndVerifyLM(pretrained=TINY, preset="tiny")
+    preset = length(lm, {})
+    assert preset not in (48, 49, 50)
+    assert length(lm, {"max_gen_toks": 48}) == 48
+    lm.use("ssd_policy", "tiny", gen_length=49)
+    assert length(lm, {"max_gen_toks": 48}) == 49
+    lm.use("ssd_policy", "tiny", {"max_gen_toks": 50}, max_new_tokens=49)
+    assert length(lm, {"max_gen_toks": 50}) == 50, "lm-eval writes gen_kwargs into the task's own"
+    lm.use("ssd_policy", "tiny", block_size=8)
+    assert lm.options_for({}).to_flat()["block_length"] == 8
+    (run,) = settings_of({"family": "SDAR", "decoder": "ssd_policy", "preset": "tiny", "options": {"block_size": 8}})
+    assert run.resolved()["block_length"] == 8
+    with pytest.raises(UserError, match=r"max_new_tokens is 0\. Allowed: at least 1"):
+        lm.options_for({"max_gen_toks": 0})
+
+
+def test_what_was_used_is_what_is_recorded():
+    lm = DraftAndVerifyLM(pretrained=TINY, preset="tiny", batch_size=2)
+    lm.generate_until(requests_of(lm, problems("word_problems", 2), max_gen_toks=5))
+    decoding = lm.get_model_info()["decoding"]
+    assert decoding["options"]["t"]["max_new_tokens"] == 5
+    assert 0 < decoding["tokens"] <= 10
+
+
 def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatch):
     keys = {"pretrained": TINY, "preset": "tiny", "batch_size": 3, "predictions": str(tmp_path)}
     lm = DraftAndVerifyLM(**keys)
@@ -197,6 +225,13 @@ def test_a_users_own_function(tmp_path):
     assert lm.generate_until(requests_of(lm, ["one", "two and three", "four"])) == ["xb"] * 3
     with pytest.raises(UserError, match="did you mean letter"):
         DraftAndVerifyLM(pretrained=TINY, custom_generate=f"{tmp_path}/mine.py:generate", leter="x")
+    own = {"pretrained": TINY, "custom_generate": f"{tmp_path}/mine.py:generate"}
+    lm = DraftAndVerifyLM(**own, max_new_tokens=9, gen_kwargs={"max_gen_toks": 7})
+    assert lm.options_for({"max_gen_toks": 5})["max_new_tokens"] == 7
+    assert DraftAndVerifyLM(**own).options_for({"max_gen_toks": 5})["max_new_tokens"] == 5
+    for wrong, message in ((0, r"is 0\. Allowed: at least 1"), ("many", "is 'many'. Allowed: int")):
+        with pytest.raises(UserError, match=f"max_new_tokens {message}"):
+            DraftAndVerifyLM(**own).options_for({"max_gen_toks": wrong})
 
 
 def one_by_one(model, family: str, context: list[int], continuation: list[int], mask: int) -> list[float]:
