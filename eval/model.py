@@ -10,7 +10,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from eval.families import decoder_in_file, family_of_class, fingerprints, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
+from shared.decode.calls import Stop
+from shared.decode.stop_strings import StopStrings
 from shared.errors import UserError, unknown_name
 from shared.family import Network, family_named, imported
 from shared.network.loading import load_tokenizer
@@ -236,7 +239,10 @@ class DraftAndVerifyLM(TemplateLM):
         self.sizes |= output.sizes
 
     def _decode_by_user(self, keys, prompts, options: dict, stop: list[str], keep: Callable[[str, dict], None]) -> None:
-        """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
+        """A user's own ``custom_generate``, batch by batch, left-padded; see `new_ids` for what it may return."""
+        _, ends = self.model.special_ids(tokenizer=self.tokenizer)
+        text_of = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+        stops = StopStrings(Stop.of(stop, self.tokenizer), text_of)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eot_token_id
         for at in range(0, len(keys), self.batch_size):
             part = prompts[at : at + self.batch_size]
@@ -246,12 +252,10 @@ class DraftAndVerifyLM(TemplateLM):
             out = self._user_generate(
                 self.model, ids, attention_mask=mask, stop=stop, tokenizer=self.tokenizer, **options
             )
-            rows = out.tokens if isinstance(out, Output) else [row.tolist()[wide:] for row in out]
+            rows = out.tokens if isinstance(out, Output) else new_ids(out, ids.tolist(), part, {*ends, pad})
             for key, row in zip(keys[at : at + self.batch_size], rows, strict=True):
-                text = self.tokenizer.decode(row, skip_special_tokens=True)
-                ends = [text.find(s) for s in stop if s in text]
-                text = text[: min(ends)] if ends else text
-                keep(key, {"text": text, "tokens": len(row), "forwards": {}, "seconds": None})
+                tokens, text = stops.kept(row) or (row, text_of(row))
+                keep(key, {"text": text, "tokens": len(tokens), "forwards": {}, "seconds": None})
 
     def _fit(self, ids: list[int], options) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
@@ -376,6 +380,27 @@ def load_function(target: str):
     if not hasattr(module, name):
         raise unknown_name(f"function of {path.name}", name, [n for n in vars(module) if not n.startswith("_")])
     return getattr(module, name)
+
+
+def new_ids(returned, padded: list[list[int]], prompts: list[list[int]], ends: Container[int]) -> list[list[int]]:
+    """What ``custom_generate`` has generated, row by row: up to the first id in ``ends``, those of stop tokens and padding.
+
+    It may return ids with the prompts, as transformers does (``padded``, or each without its padding), or the new ones alone.
+    """
+    try:
+        rows = [[int(i) for i in row] for row in (returned.tolist() if hasattr(returned, "tolist") else returned)]
+    except (TypeError, ValueError):
+        rows = None
+    if rows is None or len(rows) != len(prompts):
+        what = type(returned).__name__ if rows is None else f"{len(rows)} rows"
+        raise UserError(
+            f"custom_generate returned {what} for {len(prompts)} prompts. Allowed: ids [B, L], with the prompts or without, or an Output"
+        )
+    for begins in (padded, prompts):
+        if all(row[: len(b)] == b for row, b in zip(rows, begins, strict=True)):
+            rows = [row[len(b) :] for row, b in zip(rows, begins, strict=True)]
+            break
+    return [list(takewhile(lambda i: i not in ends, row)) for row in rows]
 
 
 def _collect(value, size: int) -> list:
