@@ -186,23 +186,18 @@ class DraftAndVerifyLM(TemplateLM):
                 ],
                 default=str,
             )
-            places: dict[str, list[int]] = {}
-            for k in members:
-                places.setdefault(self._key(mark, requests[k], seen), []).append(k)
-            todo = {key: requests[ks[0]] for key, ks in places.items()}
-            for key, record in self._decode(todo, options, stop).items():
+            places = {self._key(mark, requests[k], seen): k for k in members}
+            for key, record in self._decode({key: requests[k] for key, k in places.items()}, options, stop).items():
                 self.spent.append(record)
-                for k in places[key]:
-                    texts[k] = record["text"]
-                    self.cache_hook.add_partial("generate_until", requests[k].args, record["text"])
+                texts[places[key]] = record["text"]
+                self.cache_hook.add_partial("generate_until", requests[places[key]].args, record["text"])
         return texts
 
     def _key(self, mark: str, request: Instance, seen: Counter) -> str:
-        """The name of a text among all that this model could be asked for. A request beyond its repeats is lm-eval's padding: no new text."""
+        """The name of a text among all that this model could be asked for."""
         place = (request.task_name, request.doc_id, request.args[0])
         seen[place] += 1
-        count = min(seen[place], request.repeats or 1)
-        return hashlib.sha256(json.dumps([mark, *place, count]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([mark, *place, seen[place]]).encode()).hexdigest()
 
     def _decode(self, todo: dict[str, Instance], options, stop: list[str]) -> dict[str, dict]:
         """A record for every key of ``todo``; those in the store are taken from there."""
@@ -342,7 +337,9 @@ class DraftAndVerifyLM(TemplateLM):
         return self.tokenizer.get_chat_template() if chat_template else ""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(_collect(tensor.item(), self._world_size), device=tensor.device)
+        """This process's own count for every process. lm-eval asks for the counts of requests to make them even, by its last request again and again;
+        here nobody waits for the others, and repeated requests would be recorded as further texts of that document."""
+        return tensor.reshape(1).repeat(self._world_size)
 
     def gather_object(self, obj, dst: int = 0):
         parts = _collect((obj, self.spent), self._world_size)
