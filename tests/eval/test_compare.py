@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from eval import agreement, calibration, compare, results
+from eval import agreement, calibration, compare, plots, results
 from eval.cells import cell_key
 from eval.docs import refreshed
 from eval.families import fingerprint
@@ -56,6 +56,22 @@ def test_wilson(right, count):
     expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
     assert wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-4)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_every_interval_contains_its_share():
+    for count in range(1, 400):
+        for right in {0, 1, count // 3, count - 1, count, count / 7}:
+            low, high = wilson(right, count)
+            assert 0.0 <= low <= right / count <= high <= 1.0
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(0, 20)[0] == 0.0
+
+
+def test_a_comparison_in_which_all_are_right_is_drawn(tmp_path):
+    low, high = wilson(20, 20)
+    row = contestant("one", 1.0, 1.0) | {"group": "one", "low": low, "high": high, "lane_forwards_per_token": {}}
+    drawn = plots.draw({"rows": [row], "grid": {"baseline": "one"}}, [{"group": "one", "task": "t", "accepted": {}, "calibration": {}, "family": "F"}], tmp_path)  # fmt: skip
+    assert drawn["forwards-light"].stat().st_size > 0
 
 
 def test_mcnemar_is_the_binomial_test_of_the_problems_only_one_solves():
