@@ -54,6 +54,7 @@ def main() -> None:
     from lm_eval.utils import setup_logging
 
     setup_logging()
+    importlib.import_module("lm_eval.models")  # the stock ones: lm-eval looks for them only where no model is known
     importlib.import_module("eval.model")
     importlib.import_module("eval.code_eval").install()
     resume = "--resume" in sys.argv

@@ -21,6 +21,7 @@ from eval.model import DraftAndVerifyLM
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
 from shared.family import FAMILIES, imported
+from shared.network.loading import load_tokenizer
 from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
@@ -126,6 +127,26 @@ def command_line(monkeypatch, words: list[str]) -> dict:
     main()
     (found,) = Path(words[words.index("--output_path") + 1]).parent.rglob("results_*.json")
     return json.loads(found.read_text())
+
+
+def test_a_stock_model_of_lm_eval_runs_beside_ours(monkeypatch, tmp_path):
+    """A network of transformers made here, by its own decoding, on one of our tasks."""
+    from lm_eval.api.registry import model_registry
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name in [n for n in model_registry.keys() if n != "dllm"]:  # noqa: SIM118
+        monkeypatch.delitem(model_registry._objs, name)
+    monkeypatch.delitem(sys.modules, "lm_eval.models", raising=False)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    load_tokenizer(TINY).save_pretrained(tmp_path / "llama")
+    words = ["--model", "hf", "--model_args", f"pretrained={tmp_path}/llama", "--tasks", "instructions", "--limit", "2"]
+    words += ["--gen_kwargs", "max_gen_toks=4", "--device", "cpu", "--batch_size", "2"]
+    results = command_line(monkeypatch, [*words, "--output_path", str(tmp_path / "run")])
+    assert results["config"]["model_num_parameters"] == sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert results["n-samples"]["instructions"]["effective"] == 2
 
 
 def test_files_of_several_decoders_and_classes_name_theirs(monkeypatch):
