@@ -31,6 +31,11 @@ def prepared(args):
     args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
     if args.model == "dllm":
         args.device = args.device or "auto"  # lm-eval's own default is cuda:0
+        if getattr(args, "use_cache", None):
+            raise UserError(
+                f"use_cache is {args.use_cache!r}: lm-eval's cache knows no model, so it would give the texts of another. "
+                "Allowed: --output_path PATH with --resume, which knows what made each text"
+            )
         if getattr(args, "seed", None):  # of random, numpy, torch and few-shot examples
             model_args.setdefault("seed", args.seed[2])
         if getattr(args, "gen_kwargs", None):

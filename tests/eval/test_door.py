@@ -83,6 +83,22 @@ def test_the_seed_of_a_run_is_that_of_its_decodes():
     assert seed([1, 2, 3, 4], seed=9) == 9
 
 
+@pytest.mark.parametrize("config", [None, "use_cache: somewhere\n"])
+def test_lm_evals_cache_is_refused(config, monkeypatch, tmp_path):
+    """Its key is the prompt alone, so that one model's texts would come back as another's; by flag or in a file."""
+    words = ["--model", "dllm", "--model_args", f"pretrained={TINY}", "--tasks", "instructions", "--limit", "1"]
+    if config:
+        (tmp_path / "run.yaml").write_text(config)
+        words += ["--config", str(tmp_path / "run.yaml")]
+    else:
+        words += ["--use_cache", "somewhere"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"use_cache is 'somewhere'.*Allowed: --output_path PATH with --resume"):
+        command_line(monkeypatch, [*words, "--output_path", str(tmp_path / "run")])
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("*.db"))
+
+
 SEED_COMMANDS = {
     # The published command of each family, with the tiny checkpoint for the hub id and an offline task for the public one.
     "SDAR": "--model hf --model_args pretrained=tiny,trust_remote_code=True,custom_generate=./generate_ssd_policy.py:block_diffusion_generate,"
