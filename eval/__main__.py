@@ -42,7 +42,7 @@ def prepared(args):
             model_args["gen_kwargs"] = dict(args.gen_kwargs)
         if args.output_path:
             model_args |= {
-                "predictions": str(Path(args.output_path).with_suffix("") / "predictions"),
+                "predictions": str(predictions_of(args.output_path)),
                 "resume": args.resume,
             }
         elif args.resume:
@@ -52,6 +52,12 @@ def prepared(args):
         raise UserError(f"resume is given with --model {args.model}. Allowed: with --model dllm")
     del args.resume
     return args
+
+
+def predictions_of(output_path: str) -> Path:
+    """Where the texts of a run go. Only ``.json`` is a suffix, as for lm-eval: ``thr0.85`` and ``thr0.9`` are two folders."""
+    path = Path(output_path)
+    return (path.with_suffix("") if path.suffix == ".json" else path) / "predictions"
 
 
 def main() -> None:

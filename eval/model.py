@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from eval.claims import check_fresh, claim, release
 from eval.families import decoder_in_file, family_of_class, fingerprints, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
 from shared.decode.calls import Stop
@@ -79,6 +80,8 @@ class DraftAndVerifyLM(TemplateLM):
         world = World.from_environment()
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
         self.batch_size = int(batch_size or 1)
+        self._store = Store(None, "predictions", "key")
+        self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
         device = world.device(device or "auto")
         self.models = load_models(self._family, self.checkpoints, dtype=dtype, device=device)
         self.model, source = self.models[self._family.first], self.checkpoints[self._family.first]
@@ -87,8 +90,6 @@ class DraftAndVerifyLM(TemplateLM):
         self.pretrained = str(pretrained)
         self._traces = bool(traces)
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
-        self._store = Store(None, "predictions", "key")
-        self.keep(predictions, bool(resume))
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
         """Decode with this decoder and these options from now on. Raises `UserError` for unknown names and impossible values."""
@@ -101,12 +102,29 @@ class DraftAndVerifyLM(TemplateLM):
         self.options_for({})
 
     def keep(self, predictions: str | Path | None, resume: bool) -> None:
-        """Finished texts go to this folder from now on; what was spent is counted anew."""
+        """Finished texts go to this folder from now on; what was spent is counted anew. Raises `UserError` in every process if one must not use it."""
         self._store.close()
+        if predictions is not None:
+            if self._rank == 0:
+                release(self._store.root)
+            refused = [message for message in _collect(self._refusal(predictions, resume), self._world_size) if message]
+            if refused:
+                raise UserError(refused[0])
         self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
         self.lossless: Lossless | None = None
         self._used: dict[str, dict] = {}
+
+    def _refusal(self, predictions: str | Path, resume: bool) -> str | None:
+        """Why this process must not write there; rank 0 claims the folder for all."""
+        try:
+            if self._rank == 0:
+                claim(predictions)
+            if not resume:
+                check_fresh(predictions, "predictions")
+        except UserError as error:
+            return str(error)
+        return None
 
     def _choose(self, pretrained, family, decoder, custom_generate, custom_model_class) -> None:
         """Family and decoder from whatever names them; they must agree."""
