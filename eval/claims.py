@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -41,6 +44,41 @@ def release(folder: str | Path | None) -> None:
     file = None if folder is None else _HELD.pop(Path(folder).resolve(), None)
     if file is not None:
         file.close()
+
+
+def check_same(folder: str | Path, made_by: dict) -> None:
+    """Raise `UserError`, naming the setting, unless what an earlier run left in ``folder`` was made by the same."""
+    kept = Path(folder) / "made_by.json"
+    if not kept.is_file():
+        return
+    try:
+        before = dict(flattened(json.loads(kept.read_text(encoding="utf-8"))))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{kept} is damaged ({error}). Allowed: another folder") from error
+    now = dict(flattened(json.loads(json.dumps(made_by, default=str))))
+    differ = [key for key in dict.fromkeys([*now, *before]) if now.get(key) != before.get(key)]
+    if differ:
+        key = differ[0]
+        raise UserError(
+            f"{key} is {now.get(key)!r}; the texts in {str(folder)!r} were made with {before.get(key)!r}. "
+            "Allowed with --resume: the same, or another folder"
+        )
+
+
+def note(folder: str | Path, made_by: dict) -> None:
+    """Keep with the results what makes them."""
+    unfinished = Path(folder) / "made_by.json.part"
+    unfinished.write_text(json.dumps(made_by, default=str, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, Path(folder) / "made_by.json")
+
+
+def flattened(settings: dict, under: str = "") -> Iterator[tuple[str, object]]:
+    """Every setting by one name: ``options block_length``."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{under}{key} ")
+        else:
+            yield f"{under}{key}", value
 
 
 def check_fresh(folder: str | Path, name: str) -> None:

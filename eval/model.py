@@ -21,8 +21,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from eval.claims import check_fresh, claim, release
-from eval.families import decoder_in_file, family_of_class, fingerprints, split_target
+from eval.claims import check_fresh, check_same, claim, note, release
+from eval.families import code_version, decoder_in_file, family_of_class, fingerprints, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
 from shared.decode.calls import Stop
 from shared.decode.stop_strings import StopStrings
@@ -80,7 +80,7 @@ class DraftAndVerifyLM(TemplateLM):
         world = World.from_environment()
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
         self.batch_size = int(batch_size or 1)
-        self._store = Store(None, "predictions", "key")
+        self._store, self._dtype = Store(None, "predictions", "key"), str(dtype)
         self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
         device = world.device(device or "auto")
         self.models = load_models(self._family, self.checkpoints, dtype=dtype, device=device)
@@ -110,6 +110,8 @@ class DraftAndVerifyLM(TemplateLM):
             refused = [message for message in _collect(self._refusal(predictions, resume), self._world_size) if message]
             if refused:
                 raise UserError(refused[0])
+            if self._rank == 0:
+                note(predictions, self._made_by)
         self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
         self.lossless: Lossless | None = None
@@ -120,8 +122,13 @@ class DraftAndVerifyLM(TemplateLM):
         try:
             if self._rank == 0:
                 claim(predictions)
-            if not resume:
+            made_by = self.made_by(as_flat(self.options_for({})))
+            if resume:
+                check_same(predictions, made_by)
+            else:
                 check_fresh(predictions, "predictions")
+            if self._rank == 0:
+                self._made_by = made_by
         except UserError as error:
             return str(error)
         return None
@@ -138,7 +145,7 @@ class DraftAndVerifyLM(TemplateLM):
         self.family_name, self._family = named[0], family_named(named[0])
         self._user_generate = None
         if custom_generate and own is None:
-            self._user_generate = load_function(custom_generate)
+            self._user_generate, self._custom = load_function(custom_generate), custom_generate
         name = decoder or (own[1] if own else next(iter(self._family.decoders)))
         if own and own[1] != name:
             raise UserError(f"decoder {name!r} is not the one of custom_generate, {own[1]!r}. Allowed: one of them")
@@ -189,27 +196,26 @@ class DraftAndVerifyLM(TemplateLM):
             kwargs = requests[members[0]].args[1]
             options, until = self.options_for(kwargs), kwargs.get("until") or []
             stop = [s for s in ([until] if isinstance(until, str) else until) if s]
-            flat = options if isinstance(options, dict) else options.to_flat()
+            flat = as_flat(options)
             self._used[requests[members[0]].task_name or "task"] = {**flat, "stop": stop}
-            mark = json.dumps(
-                [
-                    self.checkpoints,
-                    fingerprints(self.checkpoints),
-                    self.family_name,
-                    self.decoder_name,
-                    str(self.model.dtype),
-                    flat,
-                    stop,
-                    self._seed,
-                ],
-                default=str,
-            )
+            mark = json.dumps([self.made_by(flat), str(self.model.dtype), stop], sort_keys=True, default=str)
             places = {self._key(mark, requests[k], seen): k for k in members}
             for key, record in self._decode({key: requests[k] for key, k in places.items()}, options, stop).items():
                 self.spent.append(record)
                 texts[places[key]] = record["text"]
                 self.cache_hook.add_partial("generate_until", requests[places[key]].args, record["text"])
         return texts
+
+    def made_by(self, flat: dict) -> dict:
+        """All that decides what a prompt's text is: options, files, code. The names are those that messages use."""
+        own = {}
+        if self._user_generate:
+            file, name = split_target("custom_generate", self._custom)
+            own = {"custom_generate": f"{name} of {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
+        prints = fingerprints(self.checkpoints)
+        files = {role: {name: told for name, *told in found} for role, found in prints.items()}
+        return {"family": self.family_name, "decoder": self.decoder_name, **own, "dtype": self._dtype, "seed": self._seed,
+                "checkpoint": dict(self.checkpoints), "options": flat, "file": files, "code version": code_version(self.family_name)}  # fmt: skip
 
     def _key(self, mark: str, request: Instance, seen: Counter) -> str:
         """The name of a text among all that this model could be asked for."""
@@ -222,6 +228,8 @@ class DraftAndVerifyLM(TemplateLM):
         records = {key: self._store.found[key] for key in todo if key in self._store.found}
         keys = [key for key in todo if key not in records]
         if not keys:
+            if todo and self.lossless is None and not self._user_generate:
+                self.lossless = self._losslessness(options)
             return records
         prompts = [self._fit(self.tok_encode(todo[key].args[0]), options) for key in keys]
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
@@ -237,6 +245,14 @@ class DraftAndVerifyLM(TemplateLM):
             decode = self._decode_by_user if self._user_generate else self._decode_here
             decode(keys, prompts, options, stop, keep)
         return records
+
+    def _losslessness(self, options) -> Lossless:
+        """What the decoder says of these options, where no text is left to decode: by a text of one token."""
+        one = options.replace(max_new_tokens=1)
+        others = other_models(self._family, self.decoder_name, self.models)
+        return self._decoder.generate(
+            self.model, [[self.prefix_token_id]], one, tokenizer=self.tokenizer, **others
+        ).lossless
 
     def _decode_here(self, keys, prompts, options, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """Texts of the chosen decoder, kept as they finish."""
@@ -272,7 +288,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def _fit(self, ids: list[int], options) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
-        flat, config = options if isinstance(options, dict) else options.to_flat(), self.model.config
+        flat, config = as_flat(options), self.model.config
         new, length = flat["max_new_tokens"], flat.get("block_length")
         length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
         room = self.max_length // length * length - new
@@ -385,6 +401,11 @@ class DraftAndVerifyLM(TemplateLM):
                 "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
             }
         }  # fmt: skip
+
+
+def as_flat(options) -> dict:
+    """Options of a decoder, or keywords of a user's own, as plain data."""
+    return options if isinstance(options, dict) else options.to_flat()
 
 
 def load_function(target: str):

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
+from eval.families import fingerprint
 from eval.grid import settings_of
 from eval.model import DraftAndVerifyLM
 from sdar.generate_ssd_policy import block_diffusion_generate
@@ -232,8 +234,33 @@ def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatc
     assert again.generate_until(requests) == texts
     assert len(decoded) == 2
     assert DraftAndVerifyLM(**keys, resume=True)._store.found.keys() == {r["key"] for r in again.spent}
-    other = DraftAndVerifyLM(**{**keys, "seed": 1}, resume=True)
-    assert not other._store.found.keys() & {r["key"] for r in other.spent}
+    assert again.lossless == lm.lossless
+    whole = DraftAndVerifyLM(**keys, resume=True)
+    assert whole.generate_until(requests) == texts
+    assert whole.lossless == lm.lossless, "nothing was decoded"
+    for change, message in [
+        ({"seed": 1}, r"seed is 1; the texts in .* were made with 0\. Allowed with --resume: the same"),
+        ({"block_length": 8}, r"options block_length is 8; the texts in .* were made with 32"),
+        ({"decoder": "standard"}, r"decoder is 'standard'; the texts in .* were made with 'ssd_policy'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            DraftAndVerifyLM(**{**keys, **change}, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
+def test_any_file_that_can_change_a_text_is_noticed(name, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(TINY, checkpoint)
+    keys = {"pretrained": str(checkpoint), "family": "SDAR", "predictions": str(tmp_path / "texts")}
+    DraftAndVerifyLM(**keys)
+    fingerprint.cache_clear()
+    DraftAndVerifyLM(**keys, resume=True)
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes() + b" " if (checkpoint / name).exists() else b"x")
+    fingerprint.cache_clear()
+    with pytest.raises(UserError, match=f"file model {name} is .* Allowed with --resume: the same"):
+        DraftAndVerifyLM(**keys, resume=True)
 
 
 @pytest.mark.parametrize("family", SHIPPED)
