@@ -46,8 +46,12 @@ from shared.scripts.store import Store
 log = logging.getLogger(__name__)
 
 LOADER_KEYS = ("pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume", "traces",
-               "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size")  # fmt: skip
-_NOT_OPTIONS = ("until",)
+               "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size", "revision", "enable_thinking")  # fmt: skip
+_NOT_OPTIONS = ("until", "max_length")
+# What public tasks and commands write though it changes nothing here: the only value that a decoder of this repository can mean by it.
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
+DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+AUTO_BATCH = 32  # texts in flight where nobody says how many: their number changes no text
 
 
 @register_model("dllm")
@@ -61,7 +65,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
                  max_batch_size=None, seed=0, predictions=None, resume=False, traces=False, custom_generate=None, custom_model_class=None,
-                 trust_remote_code=None, gen_kwargs=None, **options):  # fmt: skip
+                 trust_remote_code=None, gen_kwargs=None, revision=None, enable_thinking=None, **options):  # fmt: skip
         super().__init__()
         if not pretrained:
             raise UserError(
@@ -69,8 +73,13 @@ class DraftAndVerifyLM(TemplateLM):
             )
         if trust_remote_code:
             log.warning("trust_remote_code is ignored: the code of this repository is used")
-        if max_batch_size is not None or (batch_size is not None and not str(batch_size).isdigit()):
-            raise UserError(f"batch_size is {batch_size!r}. Allowed: a number (texts join as others finish)")
+        if revision not in (None, "main"):
+            raise UserError(
+                f"revision is {revision!r}. Allowed: main; of another one, pretrained=FOLDER of its snapshot"
+            )
+        self.batch_size = batch_of(batch_size, max_batch_size)
+        self._thinking = None if enable_thinking is None else coerce("enable_thinking", enable_thinking, bool)
+        dtype = DTYPES.get(dtype, dtype)
         self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
         roles = {role: options.pop(role) for role in self._family.networks if role in options}
         self.checkpoints = checkpoints_of(self._family, pretrained, roles)
@@ -79,7 +88,6 @@ class DraftAndVerifyLM(TemplateLM):
         )  # what is wrong with it is told before anything is loaded
         world = World.from_environment()
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
-        self.batch_size = int(batch_size or 1)
         self._store, self._dtype = Store(None, "predictions", "key"), str(dtype)
         self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
         device = world.device(device or "auto")
@@ -97,8 +105,9 @@ class DraftAndVerifyLM(TemplateLM):
             raise unknown_name("decoder", decoder, self._family.decoders)
         check_roles(self._family, decoder, self.checkpoints)
         self.decoder_name, self._decoder = decoder, self._family.decoders[decoder]
-        self._preset, self._flat = dict(self._decoder.preset(preset)) if preset else {}, options
-        self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
+        self._preset = dict(self._decoder.preset(preset)) if preset else {}
+        self._gen_kwargs, self._flat = without_neutral(gen_kwargs or {}), without_neutral(options)
+        self._max_length = (gen_kwargs or {}).get("max_length", options.get("max_length"))
         self.options_for({})
 
     def keep(self, predictions: str | Path | None, resume: bool) -> None:
@@ -153,7 +162,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def options_for(self, task_kwargs: dict):
         """The decoder's options for a task: ``--gen_kwargs`` over ``model_args`` over the task's own over the preset over the defaults."""
-        task = {k: v for k, v in task_kwargs.items() if k not in _NOT_OPTIONS and k not in self._gen_kwargs}
+        task = {k: v for k, v in without_neutral(task_kwargs).items() if k not in self._gen_kwargs}
         layers = (self._preset, task, self._flat, self._gen_kwargs)
         if self._user_generate:
             return self._user_options(layers)
@@ -167,6 +176,11 @@ class DraftAndVerifyLM(TemplateLM):
             raise unknown_name(
                 "model_args key or gen kwarg", key, [*kind.names(), *LOADER_KEYS, *self._family.networks]
             ) from None
+
+    def limit_for(self, task_kwargs: dict) -> int | None:
+        """``max_length``, the tokens of prompt and answer together, where the user or the task sets it."""
+        found = task_kwargs.get("max_length") if self._max_length is None else self._max_length
+        return None if found is None else coerce("max_length", found, int)
 
     def _user_options(self, layers: Sequence[dict]) -> dict:
         """Keywords for ``custom_generate``: its length as ``max_new_tokens``, and of the task's others those that it knows."""
@@ -196,11 +210,14 @@ class DraftAndVerifyLM(TemplateLM):
             kwargs = requests[members[0]].args[1]
             options, until = self.options_for(kwargs), kwargs.get("until") or []
             stop = [s for s in ([until] if isinstance(until, str) else until) if s]
-            flat = as_flat(options)
+            limit = self.limit_for(kwargs)
+            flat = as_flat(options) | ({} if limit is None else {"max_length": limit})
             self._used[requests[members[0]].task_name or "task"] = {**flat, "stop": stop}
             mark = json.dumps([self.made_by(flat), str(self.model.dtype), stop], sort_keys=True, default=str)
             places = {self._key(mark, requests[k], seen): k for k in members}
-            for key, record in self._decode({key: requests[k] for key, k in places.items()}, options, stop).items():
+            for key, record in self._decode(
+                {key: requests[k] for key, k in places.items()}, options, stop, limit
+            ).items():
                 self.spent.append(record)
                 texts[places[key]] = record["text"]
                 self.cache_hook.add_partial("generate_until", requests[places[key]].args, record["text"])
@@ -223,7 +240,7 @@ class DraftAndVerifyLM(TemplateLM):
         seen[place] += 1
         return hashlib.sha256(json.dumps([mark, *place, seen[place]]).encode()).hexdigest()
 
-    def _decode(self, todo: dict[str, Instance], options, stop: list[str]) -> dict[str, dict]:
+    def _decode(self, todo: dict[str, Instance], options, stop: list[str], limit: int | None) -> dict[str, dict]:
         """A record for every key of ``todo``; those in the store are taken from there."""
         records = {key: self._store.found[key] for key in todo if key in self._store.found}
         keys = [key for key in todo if key not in records]
@@ -231,7 +248,7 @@ class DraftAndVerifyLM(TemplateLM):
             if todo and self.lossless is None and not self._user_generate:
                 self.lossless = self._losslessness(options)
             return records
-        prompts = [self._fit(self.tok_encode(todo[key].args[0]), options) for key in keys]
+        prompts = [self._fit(self.tok_encode(todo[key].args[0]), options, limit) for key in keys]
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
         about = {"process": self._rank, "call": call}
         with tqdm(total=len(keys), unit="text", desc=self.decoder_name, disable=self._rank > 0) as bar:
@@ -286,12 +303,17 @@ class DraftAndVerifyLM(TemplateLM):
                 tokens, text = stops.kept(row) or (row, text_of(row))
                 keep(key, {"text": text, "tokens": len(tokens), "forwards": {}, "seconds": None})
 
-    def _fit(self, ids: list[int], options) -> list[int]:
+    def _fit(self, ids: list[int], options, limit: int | None = None) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
         flat, config = as_flat(options), self.model.config
         new, length = flat["max_new_tokens"], flat.get("block_length")
         length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
         room = self.max_length // length * length - new
+        if limit is not None and limit - new < 1:
+            raise UserError(
+                f"max_length is {limit} with max_new_tokens {new}. Allowed: more, so that a prompt has room"
+            )
+        room = room if limit is None else min(room, limit - new)
         if room < 1:
             raise UserError(f"max_new_tokens is {new}. Allowed: less than the model's {self.max_length} positions")
         if len(ids) > room:
@@ -363,8 +385,9 @@ class DraftAndVerifyLM(TemplateLM):
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+            chat_history, tokenize=False, **thinking, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )  # fmt: skip
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -401,6 +424,24 @@ class DraftAndVerifyLM(TemplateLM):
                 "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
             }
         }  # fmt: skip
+
+
+def without_neutral(kwargs: dict) -> dict:
+    """``kwargs`` less what is no option here; `UserError` for a value that no decoder of this repository has."""
+    for key, only in NEUTRAL.items():
+        if kwargs.get(key) is not None and coerce(key, kwargs[key], float) != only:
+            raise UserError(f"{key} is {kwargs[key]!r}. Allowed: {only}")
+    return {k: v for k, v in kwargs.items() if k not in (*_NOT_OPTIONS, *NEUTRAL)}
+
+
+def batch_of(asked, most) -> int:
+    """Texts in flight from ``--batch_size`` (a number, ``auto``, ``auto:N``) and ``--max_batch_size``."""
+    auto = str(asked).partition(":")[0] == "auto"
+    if asked is not None and not auto and not (str(asked).isdigit() and int(asked)):
+        raise UserError(f"batch_size is {asked!r}. Allowed: a number of at least 1, or auto")
+    if most is not None and not (str(most).isdigit() and int(most)):
+        raise UserError(f"max_batch_size is {most!r}. Allowed: a number of at least 1")
+    return min(AUTO_BATCH if auto else int(asked or 1), int(most or AUTO_BATCH) if auto else int(asked or 1))
 
 
 def as_flat(options) -> dict:

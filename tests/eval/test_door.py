@@ -19,7 +19,7 @@ from eval import code_eval
 from eval.__main__ import prepared
 from eval.families import fingerprint
 from eval.grid import settings_of
-from eval.model import DraftAndVerifyLM
+from eval.model import DraftAndVerifyLM, batch_of
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
 from shared.family import FAMILIES, imported
@@ -203,6 +203,40 @@ def test_a_task_beats_a_preset_and_what_the_user_typed_beats_the_task():
     assert run.resolved()["block_length"] == 8
     with pytest.raises(UserError, match=r"max_new_tokens is 0\. Allowed: at least 1"):
         lm.options_for({"max_gen_toks": 0})
+
+
+def test_keys_of_public_tasks_and_commands():
+    lm = DraftAndVerifyLM(pretrained=TINY, batch_size="auto", dtype="float", revision="main", enable_thinking=False)
+    assert (lm.batch_size, lm.model.dtype) == (32, torch.float32)
+    assert lm.options_for({"num_beams": 1, "max_length": 2048, "max_gen_toks": 9}).to_flat()["max_new_tokens"] == 9
+    assert [batch_of(*b) for b in (("auto:4", 8), (6, None), (None, None), ("3", None), (0o100, 8))] == [8, 6, 1, 3, 64]
+    (request,) = requests_of(lm, ["one two three four five six"], max_length=12, max_gen_toks=5)
+    assert (
+        len(lm._fit(lm.tok_encode(request.args[0]), lm.options_for(request.args[1]), lm.limit_for(request.args[1])))
+        == 7
+    )
+    lm.generate_until([request])
+    assert lm.get_model_info()["decoding"]["options"]["t"]["max_length"] == 12
+    lm.tokenizer.chat_template = "{{ 'think' if enable_thinking is not defined or enable_thinking else 'short' }}"
+    assert lm.apply_chat_template([{"role": "user", "content": "x"}]) == "short"
+    for wrong, message in [
+        ({"num_beams": 4}, r"num_beams is 4\. Allowed: 1"),
+        ({"num_return_sequences": 2}, "Allowed: 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            lm.options_for(wrong)
+    for wrong, message in [
+        ({"revision": "v2"}, "revision is 'v2'"),
+        ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            DraftAndVerifyLM(pretrained=TINY, **wrong)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("half", torch.float16), ("bf16", torch.bfloat16)])
+def test_dtypes_have_their_usual_names(name, kind):
+    assert DraftAndVerifyLM(pretrained=TINY, dtype=name).model.dtype == kind
 
 
 def test_what_was_used_is_what_is_recorded():
