@@ -36,7 +36,7 @@ def prepared(args):
                 f"use_cache is {args.use_cache!r}: lm-eval's cache knows no model, so it would give the texts of another. "
                 "Allowed: --output_path PATH with --resume, which knows what made each text"
             )
-        if getattr(args, "seed", None):  # of random, numpy, torch and few-shot examples
+        if getattr(args, "seed", None) and args.seed[2] is not None:  # of random, numpy, torch and few-shot examples
             model_args.setdefault("seed", args.seed[2])
         if getattr(args, "gen_kwargs", None):
             model_args["gen_kwargs"] = dict(args.gen_kwargs)

@@ -249,6 +249,8 @@ class DraftAndVerifyLM(TemplateLM):
                 self.lossless = self._losslessness(options)
             return records
         prompts = [self._fit(self.tok_encode(todo[key].args[0]), options, limit) for key in keys]
+        for key, prompt in zip(keys, prompts, strict=True):  # before the first text
+            self._check_unmasked(prompt, f"document {todo[key].doc_id} of {todo[key].task_name}")
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
         about = {"process": self._rank, "call": call}
         with tqdm(total=len(keys), unit="text", desc=self.decoder_name, disable=self._rank > 0) as bar:
@@ -270,6 +272,15 @@ class DraftAndVerifyLM(TemplateLM):
         return self._decoder.generate(
             self.model, [[self.prefix_token_id]], one, tokenizer=self.tokenizer, **others
         ).lossless
+
+    def _check_unmasked(self, ids: list[int], where: str) -> None:
+        """Raise `UserError` if a text that is given holds the mask token."""
+        mask_id, _ = self.model.special_ids(tokenizer=self.tokenizer)
+        if mask_id in ids:
+            text = self.tokenizer.decode([mask_id])
+            raise UserError(
+                f"{where} holds the mask token {text!r}, which means 'to be decoded'. Allowed: texts without it"
+            )
 
     def _decode_here(self, keys, prompts, options, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """Texts of the chosen decoder, kept as they finish."""
@@ -327,6 +338,7 @@ class DraftAndVerifyLM(TemplateLM):
         scores_of = self._scores()
         order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
         found: dict[int, tuple[float, bool]] = {}
+        cut = 0
         for at in range(0, len(order), self.batch_size):
             part = order[at : at + self.batch_size]
             texts = []
@@ -337,11 +349,22 @@ class DraftAndVerifyLM(TemplateLM):
                     raise UserError(
                         f"a continuation has {len(continuation)} tokens. Allowed: less than {self.max_length}"
                     )
+                self._check_unmasked(
+                    context + continuation, f"the text {self.tokenizer.decode(context[-20:] + continuation)!r}"
+                )
+                cut += len(context) > room
                 texts.append((context[-room:], continuation))
             for k, (scores, greedy) in zip(part, scores_of(self.model, texts, mask_id), strict=True):
                 found[k] = (scores.sum().item(), bool(greedy.all()))
                 if requests[k][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[k][0], found[k])
+        if cut:
+            log.warning(
+                "%d of %d contexts are cut to the last tokens that fit (%d with the answer)",
+                cut,
+                len(requests),
+                self.max_length,
+            )
         return [found[k] for k in range(len(requests))]
 
     def _scores(self) -> Callable:
@@ -385,6 +408,10 @@ class DraftAndVerifyLM(TemplateLM):
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{self.pretrained} has no chat template. Allowed: a checkpoint with one, or no --apply_chat_template"
+            )
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, **thinking, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt

@@ -81,6 +81,7 @@ def test_the_seed_of_a_run_is_that_of_its_decodes():
         return prepared(call).model_args.get("seed")
 
     assert seed(None) is None
+    assert seed([None] * 4) is seed([1, None, None, 4]) is None
     assert seed([1, 2, 3, 4]) == 3
     assert seed([1, 2, 3, 4], seed=9) == 9
 
@@ -237,6 +238,33 @@ def test_keys_of_public_tasks_and_commands():
 @pytest.mark.parametrize(("name", "kind"), [("half", torch.float16), ("bf16", torch.bfloat16)])
 def test_dtypes_have_their_usual_names(name, kind):
     assert DraftAndVerifyLM(pretrained=TINY, dtype=name).model.dtype == kind
+
+
+def test_a_mask_token_is_refused_in_every_request_before_the_first_text(tmp_path):
+    lm = DraftAndVerifyLM(pretrained=TINY, batch_size=2, predictions=str(tmp_path))
+    prompts = [*problems("word_problems", 1), "fill <|MASK|> in"]
+    with pytest.raises(UserError, match=r"document 1 of t holds the mask token '<\|MASK\|>'"):
+        lm.generate_until(requests_of(lm, prompts, max_gen_toks=8))
+    assert not list(tmp_path.glob("*.jsonl"))
+    for pair in (("a <|MASK|> b", " c"), ("a", " <|MASK|>")):
+        with pytest.raises(UserError, match="holds the mask token"):
+            lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+
+
+def test_a_context_that_is_cut_for_scoring_is_told(caplog):
+    lm = DraftAndVerifyLM(pretrained=TINY)
+    long = [5] * lm.max_length
+    with caplog.at_level("WARNING"):
+        cut, fits = lm._loglikelihood_tokens([(None, long, [6, 7]), (None, long[2:], [6, 7])])
+    assert cut == pytest.approx(fits)
+    assert "1 of 2 contexts are cut" in caplog.text
+
+
+def test_a_tokenizer_without_a_chat_template_is_told():
+    lm = DraftAndVerifyLM(pretrained=TINY)
+    lm.tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"has no chat template\. Allowed: a checkpoint with one"):
+        lm.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_what_was_used_is_what_is_recorded():
