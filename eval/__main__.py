@@ -31,13 +31,18 @@ def prepared(args):
     args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
     if args.model == "dllm":
         args.device = args.device or "auto"  # lm-eval's own default is cuda:0
-        if getattr(args, "seed", None):  # of random, numpy, torch and few-shot examples
+        if getattr(args, "use_cache", None):
+            raise UserError(
+                f"use_cache is {args.use_cache!r}: lm-eval's cache knows no model, so it would give the texts of another. "
+                "Allowed: --output_path PATH with --resume, which knows what made each text"
+            )
+        if getattr(args, "seed", None) and args.seed[2] is not None:  # of random, numpy, torch and few-shot examples
             model_args.setdefault("seed", args.seed[2])
         if getattr(args, "gen_kwargs", None):
             model_args["gen_kwargs"] = dict(args.gen_kwargs)
         if args.output_path:
             model_args |= {
-                "predictions": str(Path(args.output_path).with_suffix("") / "predictions"),
+                "predictions": str(predictions_of(args.output_path)),
                 "resume": args.resume,
             }
         elif args.resume:
@@ -49,11 +54,18 @@ def prepared(args):
     return args
 
 
+def predictions_of(output_path: str) -> Path:
+    """Where the texts of a run go. Only ``.json`` is a suffix, as for lm-eval: ``thr0.85`` and ``thr0.9`` are two folders."""
+    path = Path(output_path)
+    return (path.with_suffix("") if path.suffix == ".json" else path) / "predictions"
+
+
 def main() -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
     setup_logging()
+    importlib.import_module("lm_eval.models")  # the stock ones: lm-eval looks for them only where no model is known
     importlib.import_module("eval.model")
     importlib.import_module("eval.code_eval").install()
     resume = "--resume" in sys.argv

@@ -16,6 +16,7 @@ import json
 import logging
 from pathlib import Path
 
+from eval.claims import claim, release
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import rows_of, write_csv
 from eval.roofline import Machine
@@ -163,11 +164,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     grid = grid_from(args)
     folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    if World.from_environment().rank == 0:
+        claim(folder)
     if not args.report:
         measure(grid, folder, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
     if World.from_environment().rank == 0:
         write(grid, folder, args.seed)
+        release(folder)
 
 
 if __name__ == "__main__":

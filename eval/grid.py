@@ -52,7 +52,7 @@ class Setting:
         """Every option of the decoder, the preset's and the defaults among them."""
         decoder = family_named(self.family).decoders[self.decoder]
         below = decoder.preset(self.preset) if self.preset else {}
-        return decoder.options_class.from_flat({**below, **self.options}).to_flat()
+        return decoder.options_class.from_layers(below, self.options).to_flat()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -20,12 +21,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from eval.families import decoder_in_file, family_of_class, fingerprints, split_target
+from eval.claims import check_fresh, check_same, claim, note, release
+from eval.families import code_version, decoder_in_file, family_of_class, fingerprints, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
+from shared.decode.calls import Stop
+from shared.decode.stop_strings import StopStrings
 from shared.errors import UserError, unknown_name
 from shared.family import Network, family_named, imported
 from shared.network.loading import load_tokenizer
 from shared.network.sizes import sizes_of
+from shared.options import ALIASES, coerce
 from shared.output import Lossless, Output
 from shared.scripts.distributed import World
 from shared.scripts.models import (
@@ -41,13 +46,17 @@ from shared.scripts.store import Store
 log = logging.getLogger(__name__)
 
 LOADER_KEYS = ("pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume", "traces",
-               "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size")  # fmt: skip
-_NOT_OPTIONS = ("until",)
+               "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size", "revision", "enable_thinking")  # fmt: skip
+_NOT_OPTIONS = ("until", "max_length")
+# What public tasks and commands write though it changes nothing here: the only value that a decoder of this repository can mean by it.
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
+DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+AUTO_BATCH = 32  # texts in flight where nobody says how many: their number changes no text
 
 
 @register_model("dllm")
 class DraftAndVerifyLM(TemplateLM):
-    """See README.md for the keys. Options of the decoder are keys too; ``gen_kwargs`` win over them, and they over the task's own.
+    """See README.md for the keys. Options of the decoder are keys too. ``gen_kwargs`` win over them, they over the task's, the task's over ``preset``.
 
     ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``). The checkpoint of another network goes by
     the key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how
@@ -56,7 +65,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
                  max_batch_size=None, seed=0, predictions=None, resume=False, traces=False, custom_generate=None, custom_model_class=None,
-                 trust_remote_code=None, gen_kwargs=None, **options):  # fmt: skip
+                 trust_remote_code=None, gen_kwargs=None, revision=None, enable_thinking=None, **options):  # fmt: skip
         super().__init__()
         if not pretrained:
             raise UserError(
@@ -64,8 +73,13 @@ class DraftAndVerifyLM(TemplateLM):
             )
         if trust_remote_code:
             log.warning("trust_remote_code is ignored: the code of this repository is used")
-        if max_batch_size is not None or (batch_size is not None and not str(batch_size).isdigit()):
-            raise UserError(f"batch_size is {batch_size!r}. Allowed: a number (texts join as others finish)")
+        if revision not in (None, "main"):
+            raise UserError(
+                f"revision is {revision!r}. Allowed: main; of another one, pretrained=FOLDER of its snapshot"
+            )
+        self.batch_size = batch_of(batch_size, max_batch_size)
+        self._thinking = None if enable_thinking is None else coerce("enable_thinking", enable_thinking, bool)
+        dtype = DTYPES.get(dtype, dtype)
         self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
         roles = {role: options.pop(role) for role in self._family.networks if role in options}
         self.checkpoints = checkpoints_of(self._family, pretrained, roles)
@@ -74,7 +88,8 @@ class DraftAndVerifyLM(TemplateLM):
         )  # what is wrong with it is told before anything is loaded
         world = World.from_environment()
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
-        self.batch_size = int(batch_size or 1)
+        self._store, self._dtype = Store(None, "predictions", "key"), str(dtype)
+        self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
         device = world.device(device or "auto")
         self.models = load_models(self._family, self.checkpoints, dtype=dtype, device=device)
         self.model, source = self.models[self._family.first], self.checkpoints[self._family.first]
@@ -83,8 +98,6 @@ class DraftAndVerifyLM(TemplateLM):
         self.pretrained = str(pretrained)
         self._traces = bool(traces)
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
-        self._store = Store(None, "predictions", "key")
-        self.keep(predictions, bool(resume))
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
         """Decode with this decoder and these options from now on. Raises `UserError` for unknown names and impossible values."""
@@ -92,17 +105,42 @@ class DraftAndVerifyLM(TemplateLM):
             raise unknown_name("decoder", decoder, self._family.decoders)
         check_roles(self._family, decoder, self.checkpoints)
         self.decoder_name, self._decoder = decoder, self._family.decoders[decoder]
-        self._flat = {**(self._decoder.preset(preset) if preset else {}), **options}
-        self._gen_kwargs = {k: v for k, v in (gen_kwargs or {}).items() if k not in _NOT_OPTIONS}
+        self._preset = dict(self._decoder.preset(preset)) if preset else {}
+        self._gen_kwargs, self._flat = without_neutral(gen_kwargs or {}), without_neutral(options)
+        self._max_length = (gen_kwargs or {}).get("max_length", options.get("max_length"))
         self.options_for({})
 
     def keep(self, predictions: str | Path | None, resume: bool) -> None:
-        """Finished texts go to this folder from now on; what was spent is counted anew."""
+        """Finished texts go to this folder from now on; what was spent is counted anew. Raises `UserError` in every process if one must not use it."""
         self._store.close()
+        if predictions is not None:
+            if self._rank == 0:
+                release(self._store.root)
+            refused = [message for message in _collect(self._refusal(predictions, resume), self._world_size) if message]
+            if refused:
+                raise UserError(refused[0])
+            if self._rank == 0:
+                note(predictions, self._made_by)
         self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
         self.lossless: Lossless | None = None
         self._used: dict[str, dict] = {}
+
+    def _refusal(self, predictions: str | Path, resume: bool) -> str | None:
+        """Why this process must not write there; rank 0 claims the folder for all."""
+        try:
+            if self._rank == 0:
+                claim(predictions)
+            made_by = self.made_by(as_flat(self.options_for({})))
+            if resume:
+                check_same(predictions, made_by)
+            else:
+                check_fresh(predictions, "predictions")
+            if self._rank == 0:
+                self._made_by = made_by
+        except UserError as error:
+            return str(error)
+        return None
 
     def _choose(self, pretrained, family, decoder, custom_generate, custom_model_class) -> None:
         """Family and decoder from whatever names them; they must agree."""
@@ -116,32 +154,44 @@ class DraftAndVerifyLM(TemplateLM):
         self.family_name, self._family = named[0], family_named(named[0])
         self._user_generate = None
         if custom_generate and own is None:
-            self._user_generate = load_function(custom_generate)
+            self._user_generate, self._custom = load_function(custom_generate), custom_generate
         name = decoder or (own[1] if own else next(iter(self._family.decoders)))
         if own and own[1] != name:
             raise UserError(f"decoder {name!r} is not the one of custom_generate, {own[1]!r}. Allowed: one of them")
         self.decoder_name = name
 
     def options_for(self, task_kwargs: dict):
-        """The decoder's options for a task's generation_kwargs: ``--gen_kwargs`` over ``model_args`` over the task's."""
-        task = {k: v for k, v in task_kwargs.items() if k not in _NOT_OPTIONS and k not in self._gen_kwargs}
+        """The decoder's options for a task: ``--gen_kwargs`` over ``model_args`` over the task's own over the preset over the defaults."""
+        task = {k: v for k, v in without_neutral(task_kwargs).items() if k not in self._gen_kwargs}
+        layers = (self._preset, task, self._flat, self._gen_kwargs)
         if self._user_generate:
-            return self._user_options({**task, **self._flat, **self._gen_kwargs})
+            return self._user_options(layers)
         kind = self._decoder.options_class
         try:
-            options = kind.from_flat(task, **self._flat)
-            return options.replace(**self._gen_kwargs) if self._gen_kwargs else options
+            return kind.from_layers(*layers)
         except UserError as error:
             if "unknown option" not in str(error):
                 raise
-            key = next(k for k in (*self._flat, *self._gen_kwargs, *task) if repr(k) in str(error))
+            key = next(k for layer in layers for k in layer if repr(k) in str(error))
             raise unknown_name(
                 "model_args key or gen kwarg", key, [*kind.names(), *LOADER_KEYS, *self._family.networks]
             ) from None
 
-    def _user_options(self, flat: dict) -> dict:
-        lengths = [flat.pop(k) for k in ("max_gen_toks", "max_new_tokens") if k in flat]
-        flat["max_new_tokens"] = int(lengths[-1]) if lengths else 512
+    def limit_for(self, task_kwargs: dict) -> int | None:
+        """``max_length``, the tokens of prompt and answer together, where the user or the task sets it."""
+        found = task_kwargs.get("max_length") if self._max_length is None else self._max_length
+        return None if found is None else coerce("max_length", found, int)
+
+    def _user_options(self, layers: Sequence[dict]) -> dict:
+        """Keywords for ``custom_generate``: its length as ``max_new_tokens``, and of the task's others those that it knows."""
+        flat: dict = {}
+        for layer in layers:
+            length = next((layer[k] for k in ALIASES["max_new_tokens"] if layer.get(k) is not None), None)
+            flat |= {k: v for k, v in layer.items() if k not in ALIASES["max_new_tokens"]}
+            flat |= {} if length is None else {"max_new_tokens": length}
+        flat["max_new_tokens"] = coerce("max_new_tokens", flat.get("max_new_tokens", 512), int)
+        if flat["max_new_tokens"] < 1:
+            raise UserError(f"max_new_tokens is {flat['max_new_tokens']}. Allowed: at least 1")
         known = inspect.signature(self._user_generate).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             flat = {k: v for k, v in flat.items() if k in known or k in self._flat or k in self._gen_kwargs}
@@ -160,46 +210,47 @@ class DraftAndVerifyLM(TemplateLM):
             kwargs = requests[members[0]].args[1]
             options, until = self.options_for(kwargs), kwargs.get("until") or []
             stop = [s for s in ([until] if isinstance(until, str) else until) if s]
-            flat = options if isinstance(options, dict) else options.to_flat()
+            limit = self.limit_for(kwargs)
+            flat = as_flat(options) | ({} if limit is None else {"max_length": limit})
             self._used[requests[members[0]].task_name or "task"] = {**flat, "stop": stop}
-            mark = json.dumps(
-                [
-                    self.checkpoints,
-                    fingerprints(self.checkpoints),
-                    self.family_name,
-                    self.decoder_name,
-                    str(self.model.dtype),
-                    flat,
-                    stop,
-                    self._seed,
-                ],
-                default=str,
-            )
-            places: dict[str, list[int]] = {}
-            for k in members:
-                places.setdefault(self._key(mark, requests[k], seen), []).append(k)
-            todo = {key: requests[ks[0]] for key, ks in places.items()}
-            for key, record in self._decode(todo, options, stop).items():
+            mark = json.dumps([self.made_by(flat), str(self.model.dtype), stop], sort_keys=True, default=str)
+            places = {self._key(mark, requests[k], seen): k for k in members}
+            for key, record in self._decode(
+                {key: requests[k] for key, k in places.items()}, options, stop, limit
+            ).items():
                 self.spent.append(record)
-                for k in places[key]:
-                    texts[k] = record["text"]
-                    self.cache_hook.add_partial("generate_until", requests[k].args, record["text"])
+                texts[places[key]] = record["text"]
+                self.cache_hook.add_partial("generate_until", requests[places[key]].args, record["text"])
         return texts
 
+    def made_by(self, flat: dict) -> dict:
+        """All that decides what a prompt's text is: options, files, code. The names are those that messages use."""
+        own = {}
+        if self._user_generate:
+            file, name = split_target("custom_generate", self._custom)
+            own = {"custom_generate": f"{name} of {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
+        prints = fingerprints(self.checkpoints)
+        files = {role: {name: told for name, *told in found} for role, found in prints.items()}
+        return {"family": self.family_name, "decoder": self.decoder_name, **own, "dtype": self._dtype, "seed": self._seed,
+                "checkpoint": dict(self.checkpoints), "options": flat, "file": files, "code version": code_version(self.family_name)}  # fmt: skip
+
     def _key(self, mark: str, request: Instance, seen: Counter) -> str:
-        """The name of a text among all that this model could be asked for. A request beyond its repeats is lm-eval's padding: no new text."""
+        """The name of a text among all that this model could be asked for."""
         place = (request.task_name, request.doc_id, request.args[0])
         seen[place] += 1
-        count = min(seen[place], request.repeats or 1)
-        return hashlib.sha256(json.dumps([mark, *place, count]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([mark, *place, seen[place]]).encode()).hexdigest()
 
-    def _decode(self, todo: dict[str, Instance], options, stop: list[str]) -> dict[str, dict]:
+    def _decode(self, todo: dict[str, Instance], options, stop: list[str], limit: int | None) -> dict[str, dict]:
         """A record for every key of ``todo``; those in the store are taken from there."""
         records = {key: self._store.found[key] for key in todo if key in self._store.found}
         keys = [key for key in todo if key not in records]
         if not keys:
+            if todo and self.lossless is None and not self._user_generate:
+                self.lossless = self._losslessness(options)
             return records
-        prompts = [self._fit(self.tok_encode(todo[key].args[0]), options) for key in keys]
+        prompts = [self._fit(self.tok_encode(todo[key].args[0]), options, limit) for key in keys]
+        for key, prompt in zip(keys, prompts, strict=True):  # before the first text
+            self._check_unmasked(prompt, f"document {todo[key].doc_id} of {todo[key].task_name}")
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
         about = {"process": self._rank, "call": call}
         with tqdm(total=len(keys), unit="text", desc=self.decoder_name, disable=self._rank > 0) as bar:
@@ -213,6 +264,23 @@ class DraftAndVerifyLM(TemplateLM):
             decode = self._decode_by_user if self._user_generate else self._decode_here
             decode(keys, prompts, options, stop, keep)
         return records
+
+    def _losslessness(self, options) -> Lossless:
+        """What the decoder says of these options, where no text is left to decode: by a text of one token."""
+        one = options.replace(max_new_tokens=1)
+        others = other_models(self._family, self.decoder_name, self.models)
+        return self._decoder.generate(
+            self.model, [[self.prefix_token_id]], one, tokenizer=self.tokenizer, **others
+        ).lossless
+
+    def _check_unmasked(self, ids: list[int], where: str) -> None:
+        """Raise `UserError` if a text that is given holds the mask token."""
+        mask_id, _ = self.model.special_ids(tokenizer=self.tokenizer)
+        if mask_id in ids:
+            text = self.tokenizer.decode([mask_id])
+            raise UserError(
+                f"{where} holds the mask token {text!r}, which means 'to be decoded'. Allowed: texts without it"
+            )
 
     def _decode_here(self, keys, prompts, options, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """Texts of the chosen decoder, kept as they finish."""
@@ -228,7 +296,10 @@ class DraftAndVerifyLM(TemplateLM):
         self.sizes |= output.sizes
 
     def _decode_by_user(self, keys, prompts, options: dict, stop: list[str], keep: Callable[[str, dict], None]) -> None:
-        """A user's own ``custom_generate``, batch by batch, left-padded; what it returns is the ids with the prompt, or an `Output`."""
+        """A user's own ``custom_generate``, batch by batch, left-padded; see `new_ids` for what it may return."""
+        _, ends = self.model.special_ids(tokenizer=self.tokenizer)
+        text_of = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+        stops = StopStrings(Stop.of(stop, self.tokenizer), text_of)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eot_token_id
         for at in range(0, len(keys), self.batch_size):
             part = prompts[at : at + self.batch_size]
@@ -238,19 +309,22 @@ class DraftAndVerifyLM(TemplateLM):
             out = self._user_generate(
                 self.model, ids, attention_mask=mask, stop=stop, tokenizer=self.tokenizer, **options
             )
-            rows = out.tokens if isinstance(out, Output) else [row.tolist()[wide:] for row in out]
+            rows = out.tokens if isinstance(out, Output) else new_ids(out, ids.tolist(), part, {*ends, pad})
             for key, row in zip(keys[at : at + self.batch_size], rows, strict=True):
-                text = self.tokenizer.decode(row, skip_special_tokens=True)
-                ends = [text.find(s) for s in stop if s in text]
-                text = text[: min(ends)] if ends else text
-                keep(key, {"text": text, "tokens": len(row), "forwards": {}, "seconds": None})
+                tokens, text = stops.kept(row) or (row, text_of(row))
+                keep(key, {"text": text, "tokens": len(tokens), "forwards": {}, "seconds": None})
 
-    def _fit(self, ids: list[int], options) -> list[int]:
+    def _fit(self, ids: list[int], options, limit: int | None = None) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
-        flat, config = options if isinstance(options, dict) else options.to_flat(), self.model.config
+        flat, config = as_flat(options), self.model.config
         new, length = flat["max_new_tokens"], flat.get("block_length")
         length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
         room = self.max_length // length * length - new
+        if limit is not None and limit - new < 1:
+            raise UserError(
+                f"max_length is {limit} with max_new_tokens {new}. Allowed: more, so that a prompt has room"
+            )
+        room = room if limit is None else min(room, limit - new)
         if room < 1:
             raise UserError(f"max_new_tokens is {new}. Allowed: less than the model's {self.max_length} positions")
         if len(ids) > room:
@@ -264,6 +338,7 @@ class DraftAndVerifyLM(TemplateLM):
         scores_of = self._scores()
         order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
         found: dict[int, tuple[float, bool]] = {}
+        cut = 0
         for at in range(0, len(order), self.batch_size):
             part = order[at : at + self.batch_size]
             texts = []
@@ -274,11 +349,22 @@ class DraftAndVerifyLM(TemplateLM):
                     raise UserError(
                         f"a continuation has {len(continuation)} tokens. Allowed: less than {self.max_length}"
                     )
+                self._check_unmasked(
+                    context + continuation, f"the text {self.tokenizer.decode(context[-20:] + continuation)!r}"
+                )
+                cut += len(context) > room
                 texts.append((context[-room:], continuation))
             for k, (scores, greedy) in zip(part, scores_of(self.model, texts, mask_id), strict=True):
                 found[k] = (scores.sum().item(), bool(greedy.all()))
                 if requests[k][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[k][0], found[k])
+        if cut:
+            log.warning(
+                "%d of %d contexts are cut to the last tokens that fit (%d with the answer)",
+                cut,
+                len(requests),
+                self.max_length,
+            )
         return [found[k] for k in range(len(requests))]
 
     def _scores(self) -> Callable:
@@ -322,15 +408,22 @@ class DraftAndVerifyLM(TemplateLM):
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{self.pretrained} has no chat template. Allowed: a checkpoint with one, or no --apply_chat_template"
+            )
+        thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+            chat_history, tokenize=False, **thinking, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )  # fmt: skip
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.tokenizer.get_chat_template() if chat_template else ""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(_collect(tensor.item(), self._world_size), device=tensor.device)
+        """This process's own count for every process. lm-eval asks for the counts of requests to make them even, by its last request again and again;
+        here nobody waits for the others, and repeated requests would be recorded as further texts of that document."""
+        return tensor.reshape(1).repeat(self._world_size)
 
     def gather_object(self, obj, dst: int = 0):
         parts = _collect((obj, self.spent), self._world_size)
@@ -360,6 +453,29 @@ class DraftAndVerifyLM(TemplateLM):
         }  # fmt: skip
 
 
+def without_neutral(kwargs: dict) -> dict:
+    """``kwargs`` less what is no option here; `UserError` for a value that no decoder of this repository has."""
+    for key, only in NEUTRAL.items():
+        if kwargs.get(key) is not None and coerce(key, kwargs[key], float) != only:
+            raise UserError(f"{key} is {kwargs[key]!r}. Allowed: {only}")
+    return {k: v for k, v in kwargs.items() if k not in (*_NOT_OPTIONS, *NEUTRAL)}
+
+
+def batch_of(asked, most) -> int:
+    """Texts in flight from ``--batch_size`` (a number, ``auto``, ``auto:N``) and ``--max_batch_size``."""
+    auto = str(asked).partition(":")[0] == "auto"
+    if asked is not None and not auto and not (str(asked).isdigit() and int(asked)):
+        raise UserError(f"batch_size is {asked!r}. Allowed: a number of at least 1, or auto")
+    if most is not None and not (str(most).isdigit() and int(most)):
+        raise UserError(f"max_batch_size is {most!r}. Allowed: a number of at least 1")
+    return min(AUTO_BATCH if auto else int(asked or 1), int(most or AUTO_BATCH) if auto else int(asked or 1))
+
+
+def as_flat(options) -> dict:
+    """Options of a decoder, or keywords of a user's own, as plain data."""
+    return options if isinstance(options, dict) else options.to_flat()
+
+
 def load_function(target: str):
     path, name = split_target("custom_generate", target)
     spec = importlib.util.spec_from_file_location(f"custom_generate_{path.stem}", path)
@@ -368,6 +484,27 @@ def load_function(target: str):
     if not hasattr(module, name):
         raise unknown_name(f"function of {path.name}", name, [n for n in vars(module) if not n.startswith("_")])
     return getattr(module, name)
+
+
+def new_ids(returned, padded: list[list[int]], prompts: list[list[int]], ends: Container[int]) -> list[list[int]]:
+    """What ``custom_generate`` has generated, row by row: up to the first id in ``ends``, those of stop tokens and padding.
+
+    It may return ids with the prompts, as transformers does (``padded``, or each without its padding), or the new ones alone.
+    """
+    try:
+        rows = [[int(i) for i in row] for row in (returned.tolist() if hasattr(returned, "tolist") else returned)]
+    except (TypeError, ValueError):
+        rows = None
+    if rows is None or len(rows) != len(prompts):
+        what = type(returned).__name__ if rows is None else f"{len(rows)} rows"
+        raise UserError(
+            f"custom_generate returned {what} for {len(prompts)} prompts. Allowed: ids [B, L], with the prompts or without, or an Output"
+        )
+    for begins in (padded, prompts):
+        if all(row[: len(b)] == b for row, b in zip(rows, begins, strict=True)):
+            rows = [row[len(b) :] for row, b in zip(rows, begins, strict=True)]
+            break
+    return [list(takewhile(lambda i: i not in ends, row)) for row in rows]
 
 
 def _collect(value, size: int) -> list:

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from eval.grid import Setting
-from eval.results import COSTS, lanes_differ, winners
+from eval.results import COSTS, MARGIN, lanes_differ, winners
 
 _FILES = Path(__file__).parent / "report"
 _HOWS = ("accepted", "resampled", "bonus", "confident", "fallback", "forced", "filled", "next", "ratio", "edited")
@@ -79,15 +79,19 @@ def winners_rows(rows: list[dict], baseline: str) -> str:
     lines = ["<thead><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>"]
     for w in winners(rows, baseline):
         asked = f"at least {100 * w['baseline']['accuracy']:.1f} %"
-        asked = asked if w["bar"] == "at least" else f"not significantly below {100 * w['baseline']['accuracy']:.1f} %"
+        asked = (
+            asked
+            if w["bar"] == "at least"
+            else f"at most {100 * MARGIN:.0f} points below {100 * w['baseline']['accuracy']:.1f} %"
+        )
         gain = "" if w["gain"] is None else f"{w['gain']:.2f} x"
         cells = [
             w["family"],
             w["task"],
             w["cost"],
             asked,
-            _shown(w["plain"], w["cost"]),
-            _shown(w["speculative"], w["cost"]),
+            _shown(w, "plain"),
+            _shown(w, "speculative"),
         ]
         won = "number win" if (w["gain"] or 0) > 1 else "number"
         lines.append(
@@ -96,7 +100,10 @@ def winners_rows(rows: list[dict], baseline: str) -> str:
     return "".join(lines) + "</tbody>"
 
 
-def _shown(row: dict | None, cost: str) -> str:
+def _shown(winner: dict, kind: str) -> str:
+    row, cost = winner[kind], winner["cost"]
+    if row is None and winner["bar"] == "equal" and winner["needed"][kind]:
+        return f"cannot tell, {winner['needed'][kind]} would do"
     if row is None:
         return "none"
     spent = f"{COSTS[cost](row):.3f}" if cost != "seconds" else f"{row['tokens_per_second'] or 0:.0f} tokens/s"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from eval.roofline import Machine
-from eval.stats import mcnemar, wilson
+from eval.stats import loss_bound, mcnemar, problems_needed, wilson
 from shared.family import FAMILIES
 from shared.output import Work
 from shared.trace import KINDS
 
-LEVEL = 0.05  # below this chance a difference of accuracy is not called noise
+MARGIN = 0.02  # a setting is equal to the baseline where a loss above this is ruled out
 
 
 def row_of(cell: dict, baseline: dict | None, machine: Machine | None = None) -> dict:
@@ -102,7 +102,8 @@ def costs_of(rows: list[dict]) -> list[str]:
 def winners(rows: list[dict], baseline: str) -> list[dict]:
     """The cheapest settings at equal accuracy, by family, checkpoint, task and measure of cost.
 
-    ``bar`` "at least": settings that solve at least as many problems as the baseline; "not below": those whose loss against it may be noise (McNemar).
+    ``bar`` "at least": settings that solve at least as many problems as the baseline; "equal": those shown to lose less than `MARGIN` (see
+    `is_equal`). ``needed``: of each kind that has none, how many problems would do for one of its settings (None: no number would).
     ``plain`` and ``speculative`` are the cheapest of each kind among them, None where none is; ``gain`` is how many times cheaper the latter is.
     """
     found = []
@@ -119,16 +120,34 @@ def winners(rows: list[dict], baseline: str) -> list[dict]:
                 plain = min((r for r in here if is_plain(r) and passes(r)), key=of, default=None)
                 spec = min((r for r in here if r["verifies"] and passes(r)), key=of, default=None)
                 gain = of(plain) / of(spec) if plain and spec else None
+                needed = {
+                    "plain": needed_by(filter(is_plain, here)),
+                    "speculative": needed_by(r for r in here if r["verifies"]),
+                }
                 found.append({"family": family, "task": task, "bar": bar, "cost": cost, "baseline": first, "plain": plain,
-                              "speculative": spec, "gain": gain})  # fmt: skip
+                              "speculative": spec, "gain": gain, "needed": needed})  # fmt: skip
     return found
 
 
 def _bars(baseline: dict) -> dict[str, Callable[[dict], bool]]:
     return {
         "at least": lambda r: r["accuracy"] >= baseline["accuracy"],
-        "not below": lambda r: r["accuracy"] >= baseline["accuracy"] or r.get("p", 0.0) >= LEVEL,
+        "equal": lambda r: is_equal(r, baseline),
     }
+
+
+def is_equal(row: dict, baseline: dict) -> bool:
+    """Is it the baseline, a lossless decoder that gives the baseline's very texts, or shown to lose less than `MARGIN` (non-inferiority, 95 percent)?"""
+    if row is baseline or (row.get("lossless") and row.get("same") is not None and row["same"] == row["problems"]):
+        return True
+    return "better" in row and loss_bound(row["worse"], row["better"], row["problems"]) <= MARGIN
+
+
+def needed_by(rows: Iterable[dict]) -> int | None:
+    """The fewest problems that would show one of the settings equal, were its shares as they are."""
+    known = (r for r in rows if "better" in r)
+    found = [problems_needed(r["worse"], r["better"], r["problems"], MARGIN) for r in known]
+    return min((n for n in found if n is not None), default=None)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -209,15 +228,15 @@ def winners_table(rows: list[dict], results: dict) -> Iterator[str]:
     for w in winners(rows, results["grid"]["baseline"]):
         if w["cost"] != "seconds":
             gain = "" if w["gain"] is None else f"**{w['gain']:.2f} x**" if w["gain"] > 1 else f"{w['gain']:.2f} x"
-            asked = "the same or more" if w["bar"] == "at least" else "not significantly less"
-            shown = [_cell(w[kind], w["cost"]) for kind in ("plain", "speculative")]
+            asked = "the same or more" if w["bar"] == "at least" else f"less by {100 * MARGIN:.0f} points at most"
+            shown = [_cell(w[kind], w["cost"], w["bar"], w["needed"][kind]) for kind in ("plain", "speculative")]
             lines.append([w["family"], w["task"], _percent(w["baseline"]), asked, *shown, gain])
     return _table(head, lines)
 
 
-def _cell(row: dict | None, cost: str) -> str:
+def _cell(row: dict | None, cost: str, bar: str, needed: int | None) -> str:
     if row is None:
-        return "none"
+        return f"cannot tell, {needed} would do" if bar == "equal" and needed else "none"
     unit = " ms" if cost.startswith("floor") else ""
     return f"{row['setting']}: {100 * row['accuracy']:.1f} % at {COSTS[cost](row):.3f}{unit}"
 

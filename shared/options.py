@@ -309,8 +309,13 @@ class FlatOptions:
         ``do_sample=False`` means temperature 0; ``do_sample=True`` means temperature 1 unless its own mapping names a temperature or the one
         below has one above 0.
         """
+        return cls.from_layers(flat or {}, more)
+
+    @classmethod
+    def from_layers(cls, *layers: Mapping[str, Any]):
+        """Options from any number of mappings over the defaults, later ones over earlier ones, whatever spelling each uses."""
         names, by_group = cls.names(), {}
-        for key, value in cls._layered(flat or {}, more).items():
+        for key, value in cls._layered(*layers).items():
             by_group.setdefault(names[key][0], {})[key] = value
         return cls(**{g: kind(**by_group.get(g, {})) for g, kind in cls.groups().items()})
 

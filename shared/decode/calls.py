@@ -13,12 +13,40 @@ from shared.output import Completion
 from shared.policy.accept import Verdict, accept_span
 
 
+class Stop(tuple):
+    """Stop strings. ``special`` are those that hold a special token: texts do not show it, so they are looked for in what ``raw_of(ids)`` decodes."""
+
+    special: frozenset[str] = frozenset()
+    raw_of: Callable[[list[int]], str] | None = None
+
+    @classmethod
+    def of(cls, strings: Any, tokenizer: Any) -> Stop:
+        """``strings`` as a decoder is given them, one or several, seen with the special tokens of ``tokenizer``."""
+        strings = (strings,) if isinstance(strings, str) else strings
+        if not isinstance(strings, (tuple, list)) or not all(isinstance(s, str) and s for s in strings):
+            raise UserError(f"stop is {strings!r}. Allowed: strings that are not empty")
+        stop = cls(strings)
+        hidden = special_texts(tokenizer) if stop else ()
+        stop.special = frozenset(s for s in stop if any(text in s for text in hidden))
+        if stop.special:
+            stop.raw_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        return stop
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The special tokens of a tokenizer, as they are written."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    listed = getattr(tokenizer, "all_special_tokens", ())
+    return list(dict.fromkeys([*listed, *(token.content for token in added if token.special)]))
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """How a list of prompts is decoded, whatever decodes them.
 
     ``attention_mask`` marks padding in prompts ``[B, P]``. ``batch_size`` texts are in flight at a time (default: all); waiting prompts join as others
-    finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``). Randomness comes from
+    finish. ``stop``: a text ends with the block in which one of these strings appears, and is cut before it (needs ``tokenizer``); a string may hold
+    special tokens. Randomness comes from
     ``(seed, number of the prompt)``, or from ``uniforms``, one recorded list per prompt; ``requests`` numbers the prompts otherwise than 0, 1, 2, ...
     ``on_block(request, new_ids)`` is called as blocks finish, ``on_finish(completion)`` as texts do. ``accept_rule`` replaces
     `shared.policy.accept.accept_span`: acceptance by a script, for benchmarks on weights that mean nothing.
@@ -34,6 +62,9 @@ class Call:
     on_block: Callable[[int, list[int]], None] | None = None
     on_finish: Callable[[Completion], None] | None = None
     accept_rule: Callable[..., Verdict] = accept_span
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", Stop.of(self.stop, self.tokenizer))
 
     def check(self, prompts: int) -> None:
         """Raise `UserError` for what does not fit ``prompts`` prompts."""

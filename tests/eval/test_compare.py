@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -11,16 +12,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
-from eval import agreement, calibration, compare, results
+from eval import agreement, calibration, compare, plots, results
 from eval.cells import cell_key
 from eval.docs import refreshed
 from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.records import trace_of
 from eval.roofline import Machine
-from eval.stats import mcnemar, wilson
+from eval.stats import loss_bound, mcnemar, problems_needed, wilson
 from sdar import SDARForCausalLM
 from shared.errors import UserError
 from shared.network.sizes import sizes_of
@@ -58,6 +60,22 @@ def test_wilson(right, count):
     assert wilson(0, 0) == (0.0, 1.0)
 
 
+def test_every_interval_contains_its_share():
+    for count in range(1, 400):
+        for right in {0, 1, count // 3, count - 1, count, count / 7}:
+            low, high = wilson(right, count)
+            assert 0.0 <= low <= right / count <= high <= 1.0
+    assert wilson(20, 20)[1] == 1.0
+    assert wilson(0, 20)[0] == 0.0
+
+
+def test_a_comparison_in_which_all_are_right_is_drawn(tmp_path):
+    low, high = wilson(20, 20)
+    row = contestant("one", 1.0, 1.0) | {"group": "one", "low": low, "high": high, "lane_forwards_per_token": {}}
+    drawn = plots.draw({"rows": [row], "grid": {"baseline": "one"}}, [{"group": "one", "task": "t", "accepted": {}, "calibration": {}, "family": "F"}], tmp_path)  # fmt: skip
+    assert drawn["forwards-light"].stat().st_size > 0
+
+
 def test_mcnemar_is_the_binomial_test_of_the_problems_only_one_solves():
     rng = random.Random(0)
     for _ in range(20):
@@ -65,6 +83,57 @@ def test_mcnemar_is_the_binomial_test_of_the_problems_only_one_solves():
         better, worse, p = mcnemar(first, second)
         assert p == pytest.approx(binomtest(better, better + worse).pvalue)
     assert mcnemar([True, False], [True, False]) == (0, 0, 1.0)
+
+
+@pytest.mark.parametrize(("count", "bound"), [(8, 0.3123), (149, 0.0199), (256, 0.0116)])
+def test_the_bound_of_a_loss_where_no_pair_differs(count, bound):
+    assert loss_bound(0, 0, count) == pytest.approx(bound, abs=1e-4)
+
+
+def test_the_bound_is_where_the_score_test_of_the_likelihood_turns():
+    """Tango's bound from its definition: the restricted maximum of the likelihood found by search, not by his formula."""
+    for worse, better, count in [(5, 2, 60), (0, 3, 40), (9, 9, 200), (4, 0, 100), (10, 10, 100), (3, 0, 8)]:
+        loss = loss_bound(worse, better, count)
+
+        def likelihood(q, worse=worse, better=better, count=count, loss=loss):
+            parts = ((worse, q + loss), (better, q), (count - worse - better, 1 - 2 * q - loss))
+            return sum(n * math.log(max(share, 1e-300)) for n, share in parts if n)
+
+        best = minimize_scalar(lambda q: -likelihood(q), bounds=(0, (1 - loss) / 2), method="bounded", options={"xatol": 1e-12}).x  # fmt: skip
+        spread = count * (2 * best + loss * (1 - loss))
+        assert (worse - better - count * loss) / math.sqrt(spread) == pytest.approx(-1.6449, abs=2e-3)
+
+
+def test_how_many_problems_would_do():
+    assert problems_needed(0, 0, 8, 0.02) == 149
+    needed = problems_needed(1, 1, 50, 0.02)
+    assert (
+        loss_bound(needed / 50, needed / 50, needed)
+        <= 0.02
+        < loss_bound((needed - 1) / 50, (needed - 1) / 50, needed - 1)
+    )
+    assert problems_needed(3, 0, 8, 0.02) is None
+
+
+def test_a_small_sample_proves_nothing():
+    """Eight problems, 62.5 % against 100 %: not equal. Eight against eight: cannot tell. The very texts of a lossless decoder: equal."""
+    base = contestant("base", 1.0, 1.0, options={"block_length": 1}, problems=8, low=0.6, high=1.0)
+    known = {"problems": 8, "low": 0.2, "high": 1.0}
+    rows = [
+        base,
+        contestant("poor", 0.625, 0.1, better=0, worse=3, **known),
+        contestant("as good", 1.0, 0.2, 5, better=0, worse=0, **known),
+    ]
+    equal = next(w for w in results.winners(rows, "base") if w["bar"] == "equal")
+    assert (equal["plain"], equal["speculative"]) == (None, None)
+    assert equal["needed"] == {"plain": None, "speculative": 149}
+    (_, _, _, line) = results.winners_table(rows, {"grid": {"baseline": "base"}})
+    assert line == "| F | t | 100.0 (60.0 to 100.0) | less by 2 points at most | none | cannot tell, 149 would do |  |"
+    proved = rows[2] | {"lossless": True, "same": 8}
+    assert results.is_equal(proved, base)
+    assert not results.is_equal(proved | {"same": 7}, base)
+    assert not results.is_equal(proved | {"lossless": False}, base)
+    assert results.is_equal(rows[2] | {"problems": 256}, base)
 
 
 def test_a_grid_sweeps_lists_and_variants():
@@ -196,9 +265,13 @@ def contestant(setting, accuracy, forwards, verifies=0, p=1.0, **more):
 
 
 def test_a_plain_baseline_is_a_contestant_and_checkpoints_do_not_mix():
-    rows = [contestant("fast", 0.9, 0.3), contestant("spec", 0.9, 0.25, 5)]
+    even = {"better": 0, "worse": 0, "problems": 1000}
+    rows = [contestant("fast", 0.9, 0.3), contestant("spec", 0.9, 0.25, 5, **even)]
     assert results.winners(rows, "fast")[0]["gain"] == pytest.approx(1.2)
-    rows += [contestant("fast", 0.5, 0.2, pretrained="other"), contestant("spec", 0.9, 0.1, 5, pretrained="other")]
+    rows += [
+        contestant("fast", 0.5, 0.2, pretrained="other"),
+        contestant("spec", 0.9, 0.1, 5, pretrained="other", **even),
+    ]
     found = {w["family"]: w["gain"] for w in results.winners(rows, "fast") if w["cost"] == "forwards / token"}
     assert found == {"F tiny": pytest.approx(1.2), "F other": pytest.approx(2.0)}
 
@@ -225,10 +298,10 @@ def test_checkpoints_of_one_name_are_refused():
 
 def test_winners_are_the_cheapest_at_equal_accuracy():
     row = contestant
-    rows = [row("one", 0.9, 1.0, options={"block_length": 1}), row("plain fast", 0.5, 0.1, p=0.001), row("plain noise", 0.88, 0.2, p=0.3), row("plain slow", 0.9, 0.4),
-            row("spec", 0.9, 0.25, 5), row("spec dear", 0.95, 0.3, 5)]  # fmt: skip
+    rows = [row("one", 0.9, 1.0, options={"block_length": 1}), row("plain fast", 0.5, 0.1, p=0.001), row("plain noise", 0.89, 0.2, better=9, worse=10, problems=1000), row("plain slow", 0.9, 0.4),
+            row("spec", 0.9, 0.25, 5, better=0, worse=0, problems=1000), row("spec dear", 0.95, 0.3, 5)]  # fmt: skip
     found = {(w["bar"], w["cost"]): w for w in results.winners(rows, "one")}
-    strict, loose = found["at least", "forwards / token"], found["not below", "seconds"]
+    strict, loose = found["at least", "forwards / token"], found["equal", "seconds"]
     assert (strict["plain"]["setting"], strict["speculative"]["setting"]) == ("plain slow", "spec")
     assert strict["gain"] == pytest.approx(1.6)
     assert loose["plain"]["setting"] == "plain noise"

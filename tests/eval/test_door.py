@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,13 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
-from eval.model import DraftAndVerifyLM
+from eval.families import fingerprint
+from eval.grid import settings_of
+from eval.model import DraftAndVerifyLM, batch_of
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
 from shared.family import FAMILIES, imported
+from shared.network.loading import load_tokenizer
 from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
@@ -77,8 +81,25 @@ def test_the_seed_of_a_run_is_that_of_its_decodes():
         return prepared(call).model_args.get("seed")
 
     assert seed(None) is None
+    assert seed([None] * 4) is seed([1, None, None, 4]) is None
     assert seed([1, 2, 3, 4]) == 3
     assert seed([1, 2, 3, 4], seed=9) == 9
+
+
+@pytest.mark.parametrize("config", [None, "use_cache: somewhere\n"])
+def test_lm_evals_cache_is_refused(config, monkeypatch, tmp_path):
+    """Its key is the prompt alone, so that one model's texts would come back as another's; by flag or in a file."""
+    words = ["--model", "dllm", "--model_args", f"pretrained={TINY}", "--tasks", "instructions", "--limit", "1"]
+    if config:
+        (tmp_path / "run.yaml").write_text(config)
+        words += ["--config", str(tmp_path / "run.yaml")]
+    else:
+        words += ["--use_cache", "somewhere"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"use_cache is 'somewhere'.*Allowed: --output_path PATH with --resume"):
+        command_line(monkeypatch, [*words, "--output_path", str(tmp_path / "run")])
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list(tmp_path.rglob("*.db"))
 
 
 SEED_COMMANDS = {
@@ -127,6 +148,26 @@ def command_line(monkeypatch, words: list[str]) -> dict:
     return json.loads(found.read_text())
 
 
+def test_a_stock_model_of_lm_eval_runs_beside_ours(monkeypatch, tmp_path):
+    """A network of transformers made here, by its own decoding, on one of our tasks."""
+    from lm_eval.api.registry import model_registry
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name in [n for n in model_registry.keys() if n != "dllm"]:  # noqa: SIM118
+        monkeypatch.delitem(model_registry._objs, name)
+    monkeypatch.delitem(sys.modules, "lm_eval.models", raising=False)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    load_tokenizer(TINY).save_pretrained(tmp_path / "llama")
+    words = ["--model", "hf", "--model_args", f"pretrained={tmp_path}/llama", "--tasks", "instructions", "--limit", "2"]
+    words += ["--gen_kwargs", "max_gen_toks=4", "--device", "cpu", "--batch_size", "2"]
+    results = command_line(monkeypatch, [*words, "--output_path", str(tmp_path / "run")])
+    assert results["config"]["model_num_parameters"] == sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert results["n-samples"]["instructions"]["effective"] == 2
+
+
 def test_files_of_several_decoders_and_classes_name_theirs(monkeypatch):
     monkeypatch.chdir(ROOT / "Fast-dLLM-v2")
     lm = DraftAndVerifyLM(pretrained="tiny", custom_generate="./generate_utils.py:generate_fast")
@@ -144,6 +185,94 @@ def test_precedence_and_unknown_names():
             DraftAndVerifyLM(pretrained=TINY, **wrong)
     with pytest.raises(UserError, match="decoder 'ssd'"):
         DraftAndVerifyLM(pretrained=TINY, decoder="ssd")
+
+
+def test_a_task_beats_a_preset_and_what_the_user_typed_beats_the_task():
+    """Each layer by itself, in another spelling than the one below."""
+    length = lambda lm, task: lm.options_for(task).to_flat()["max_new_tokens"]  # noqa: E731
+    lm = DraftAndVerifyLM(pretrained=TINY, preset="tiny")
+    preset = length(lm, {})
+    assert preset not in (48, 49, 50)
+    assert length(lm, {"max_gen_toks": 48}) == 48
+    lm.use("ssd_policy", "tiny", gen_length=49)
+    assert length(lm, {"max_gen_toks": 48}) == 49
+    lm.use("ssd_policy", "tiny", {"max_gen_toks": 50}, max_new_tokens=49)
+    assert length(lm, {"max_gen_toks": 50}) == 50, "lm-eval writes gen_kwargs into the task's own"
+    lm.use("ssd_policy", "tiny", block_size=8)
+    assert lm.options_for({}).to_flat()["block_length"] == 8
+    (run,) = settings_of({"family": "SDAR", "decoder": "ssd_policy", "preset": "tiny", "options": {"block_size": 8}})
+    assert run.resolved()["block_length"] == 8
+    with pytest.raises(UserError, match=r"max_new_tokens is 0\. Allowed: at least 1"):
+        lm.options_for({"max_gen_toks": 0})
+
+
+def test_keys_of_public_tasks_and_commands():
+    lm = DraftAndVerifyLM(pretrained=TINY, batch_size="auto", dtype="float", revision="main", enable_thinking=False)
+    assert (lm.batch_size, lm.model.dtype) == (32, torch.float32)
+    assert lm.options_for({"num_beams": 1, "max_length": 2048, "max_gen_toks": 9}).to_flat()["max_new_tokens"] == 9
+    assert [batch_of(*b) for b in (("auto:4", 8), (6, None), (None, None), ("3", None), (0o100, 8))] == [8, 6, 1, 3, 64]
+    (request,) = requests_of(lm, ["one two three four five six"], max_length=12, max_gen_toks=5)
+    assert (
+        len(lm._fit(lm.tok_encode(request.args[0]), lm.options_for(request.args[1]), lm.limit_for(request.args[1])))
+        == 7
+    )
+    lm.generate_until([request])
+    assert lm.get_model_info()["decoding"]["options"]["t"]["max_length"] == 12
+    lm.tokenizer.chat_template = "{{ 'think' if enable_thinking is not defined or enable_thinking else 'short' }}"
+    assert lm.apply_chat_template([{"role": "user", "content": "x"}]) == "short"
+    for wrong, message in [
+        ({"num_beams": 4}, r"num_beams is 4\. Allowed: 1"),
+        ({"num_return_sequences": 2}, "Allowed: 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            lm.options_for(wrong)
+    for wrong, message in [
+        ({"revision": "v2"}, "revision is 'v2'"),
+        ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            DraftAndVerifyLM(pretrained=TINY, **wrong)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("half", torch.float16), ("bf16", torch.bfloat16)])
+def test_dtypes_have_their_usual_names(name, kind):
+    assert DraftAndVerifyLM(pretrained=TINY, dtype=name).model.dtype == kind
+
+
+def test_a_mask_token_is_refused_in_every_request_before_the_first_text(tmp_path):
+    lm = DraftAndVerifyLM(pretrained=TINY, batch_size=2, predictions=str(tmp_path))
+    prompts = [*problems("word_problems", 1), "fill <|MASK|> in"]
+    with pytest.raises(UserError, match=r"document 1 of t holds the mask token '<\|MASK\|>'"):
+        lm.generate_until(requests_of(lm, prompts, max_gen_toks=8))
+    assert not list(tmp_path.glob("*.jsonl"))
+    for pair in (("a <|MASK|> b", " c"), ("a", " <|MASK|>")):
+        with pytest.raises(UserError, match="holds the mask token"):
+            lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+
+
+def test_a_context_that_is_cut_for_scoring_is_told(caplog):
+    lm = DraftAndVerifyLM(pretrained=TINY)
+    long = [5] * lm.max_length
+    with caplog.at_level("WARNING"):
+        cut, fits = lm._loglikelihood_tokens([(None, long, [6, 7]), (None, long[2:], [6, 7])])
+    assert cut == pytest.approx(fits)
+    assert "1 of 2 contexts are cut" in caplog.text
+
+
+def test_a_tokenizer_without_a_chat_template_is_told():
+    lm = DraftAndVerifyLM(pretrained=TINY)
+    lm.tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"has no chat template\. Allowed: a checkpoint with one"):
+        lm.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_what_was_used_is_what_is_recorded():
+    lm = DraftAndVerifyLM(pretrained=TINY, preset="tiny", batch_size=2)
+    lm.generate_until(requests_of(lm, problems("word_problems", 2), max_gen_toks=5))
+    decoding = lm.get_model_info()["decoding"]
+    assert decoding["options"]["t"]["max_new_tokens"] == 5
+    assert 0 < decoding["tokens"] <= 10
 
 
 def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatch):
@@ -167,8 +296,33 @@ def test_texts_are_the_decoders_own_and_resume_repeats_none(tmp_path, monkeypatc
     assert again.generate_until(requests) == texts
     assert len(decoded) == 2
     assert DraftAndVerifyLM(**keys, resume=True)._store.found.keys() == {r["key"] for r in again.spent}
-    other = DraftAndVerifyLM(**{**keys, "seed": 1}, resume=True)
-    assert not other._store.found.keys() & {r["key"] for r in other.spent}
+    assert again.lossless == lm.lossless
+    whole = DraftAndVerifyLM(**keys, resume=True)
+    assert whole.generate_until(requests) == texts
+    assert whole.lossless == lm.lossless, "nothing was decoded"
+    for change, message in [
+        ({"seed": 1}, r"seed is 1; the texts in .* were made with 0\. Allowed with --resume: the same"),
+        ({"block_length": 8}, r"options block_length is 8; the texts in .* were made with 32"),
+        ({"decoder": "standard"}, r"decoder is 'standard'; the texts in .* were made with 'ssd_policy'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            DraftAndVerifyLM(**{**keys, **change}, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
+def test_any_file_that_can_change_a_text_is_noticed(name, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(TINY, checkpoint)
+    keys = {"pretrained": str(checkpoint), "family": "SDAR", "predictions": str(tmp_path / "texts")}
+    DraftAndVerifyLM(**keys)
+    fingerprint.cache_clear()
+    DraftAndVerifyLM(**keys, resume=True)
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes() + b" " if (checkpoint / name).exists() else b"x")
+    fingerprint.cache_clear()
+    with pytest.raises(UserError, match=f"file model {name} is .* Allowed with --resume: the same"):
+        DraftAndVerifyLM(**keys, resume=True)
 
 
 @pytest.mark.parametrize("family", SHIPPED)
@@ -197,6 +351,13 @@ def test_a_users_own_function(tmp_path):
     assert lm.generate_until(requests_of(lm, ["one", "two and three", "four"])) == ["xb"] * 3
     with pytest.raises(UserError, match="did you mean letter"):
         DraftAndVerifyLM(pretrained=TINY, custom_generate=f"{tmp_path}/mine.py:generate", leter="x")
+    own = {"pretrained": TINY, "custom_generate": f"{tmp_path}/mine.py:generate"}
+    lm = DraftAndVerifyLM(**own, max_new_tokens=9, gen_kwargs={"max_gen_toks": 7})
+    assert lm.options_for({"max_gen_toks": 5})["max_new_tokens"] == 7
+    assert DraftAndVerifyLM(**own).options_for({"max_gen_toks": 5})["max_new_tokens"] == 5
+    for wrong, message in ((0, r"is 0\. Allowed: at least 1"), ("many", "is 'many'. Allowed: int")):
+        with pytest.raises(UserError, match=f"max_new_tokens {message}"):
+            DraftAndVerifyLM(**own).options_for({"max_gen_toks": wrong})
 
 
 def one_by_one(model, family: str, context: list[int], continuation: list[int], mask: int) -> list[float]:
