@@ -41,6 +41,7 @@ from shared.scripts.models import (
     network_of,
     other_models,
 )
+from shared.scripts.prompts import spell_out
 from shared.scripts.store import Store
 
 log = logging.getLogger(__name__)
@@ -248,9 +249,9 @@ class DraftAndVerifyLM(TemplateLM):
             if todo and self.lossless is None and not self._user_generate:
                 self.lossless = self._losslessness(options)
             return records
-        prompts = [self._fit(self.tok_encode(todo[key].args[0]), options, limit) for key in keys]
-        for key, prompt in zip(keys, prompts, strict=True):  # before the first text
-            self._check_unmasked(prompt, f"document {todo[key].doc_id} of {todo[key].task_name}")
+        mask_id = options.get("mask_id") if isinstance(options, dict) else options.blocks.mask_id
+        asked = [self._spelled(self.tok_encode(todo[key].args[0]), mask_id) for key in keys]
+        prompts = [self._fit(ids, options, limit) for ids in asked]
         began, call = time.perf_counter(), uuid.uuid4().hex[:12]
         about = {"process": self._rank, "call": call}
         with tqdm(total=len(keys), unit="text", desc=self.decoder_name, disable=self._rank > 0) as bar:
@@ -273,14 +274,9 @@ class DraftAndVerifyLM(TemplateLM):
             self.model, [[self.prefix_token_id]], one, tokenizer=self.tokenizer, **others
         ).lossless
 
-    def _check_unmasked(self, ids: list[int], where: str) -> None:
-        """Raise `UserError` if a text that is given holds the mask token."""
-        mask_id, _ = self.model.special_ids(tokenizer=self.tokenizer)
-        if mask_id in ids:
-            text = self.tokenizer.decode([mask_id])
-            raise UserError(
-                f"{where} holds the mask token {text!r}, which means 'to be decoded'. Allowed: texts without it"
-            )
+    def _spelled(self, ids: list[int], mask_id: int | None = None) -> list[int]:
+        """``ids`` of a given text, in which a mask token that was written out is words, as in the scripts."""
+        return spell_out(self.tokenizer, ids, self.model.special_ids(mask_id, tokenizer=self.tokenizer)[0])
 
     def _decode_here(self, keys, prompts, options, stop: list[str], keep: Callable[[str, dict], None]) -> None:
         """Texts of the chosen decoder, kept as they finish."""
@@ -343,15 +339,12 @@ class DraftAndVerifyLM(TemplateLM):
             part = order[at : at + self.batch_size]
             texts = []
             for k in part:
-                _, context, continuation = requests[k]
+                context, continuation = (self._spelled(ids) for ids in requests[k][1:])
                 room = self.max_length - len(continuation)
                 if room < 1:
                     raise UserError(
                         f"a continuation has {len(continuation)} tokens. Allowed: less than {self.max_length}"
                     )
-                self._check_unmasked(
-                    context + continuation, f"the text {self.tokenizer.decode(context[-20:] + continuation)!r}"
-                )
                 cut += len(context) > room
                 texts.append((context[-room:], continuation))
             for k, (scores, greedy) in zip(part, scores_of(self.model, texts, mask_id), strict=True):

@@ -240,15 +240,23 @@ def test_dtypes_have_their_usual_names(name, kind):
     assert DraftAndVerifyLM(pretrained=TINY, dtype=name).model.dtype == kind
 
 
-def test_a_mask_token_is_refused_in_every_request_before_the_first_text(tmp_path):
+def test_a_mask_token_written_out_in_a_request_is_words(tmp_path):
+    """One rule for scripts, generation and scoring; no document stops the others."""
     lm = DraftAndVerifyLM(pretrained=TINY, batch_size=2, predictions=str(tmp_path))
+    mask_id, _ = lm.model.special_ids(tokenizer=lm.tokenizer)
+    words = lm.tokenizer("<|MASK|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert mask_id not in words
     prompts = [*problems("word_problems", 1), "fill <|MASK|> in"]
-    with pytest.raises(UserError, match=r"document 1 of t holds the mask token '<\|MASK\|>'"):
-        lm.generate_until(requests_of(lm, prompts, max_gen_toks=8))
-    assert not list(tmp_path.glob("*.jsonl"))
-    for pair in (("a <|MASK|> b", " c"), ("a", " <|MASK|>")):
-        with pytest.raises(UserError, match="holds the mask token"):
-            lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+    given = []
+    generate = lm._decoder.generate
+    watch = lambda model, ids, *rest, **how: given.extend(ids) or generate(model, ids, *rest, **how)  # noqa: E731
+    lm._decoder = SimpleNamespace(generate=watch, options_class=lm._decoder.options_class)
+    assert len(lm.generate_until(requests_of(lm, prompts, max_gen_toks=8))) == 2
+    assert not any(mask_id in ids for ids in given)
+    (fill,) = [ids for ids in given if any(ids[k : k + len(words)] == words for k in range(len(ids)))]
+    assert "fill <|MASK|> in" in lm.tokenizer.decode(fill)
+    scored = lm._loglikelihood_tokens([(None, [5, mask_id], [6, mask_id]), (None, [5, *words], [6, *words])])
+    assert scored[0] == pytest.approx(scored[1])
 
 
 def test_a_context_that_is_cut_for_scoring_is_told(caplog):
