@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from tqdm import tqdm
 
 from shared.errors import UserError, run_main, unknown_name
+from shared.family import shipped_folder
 from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_device
 from shared.options import ALIASES, FlatOptions, check, coerce, option
 from shared.output import Completion, Output
@@ -162,8 +163,10 @@ def parse(
     description: str,
     shipped: str,
     choice: Choice | None = None,
+    is_shipped: Callable[[str | None], bool] = lambda model: model is None,
 ) -> tuple[ScriptArguments, FlatOptions, str | None]:
-    """``(script arguments, decode options, name of the preset in use)``. Without ``--model`` the preset is ``shipped``."""
+    """``(script arguments, decode options, name of the preset in use)``. With the checkpoint that ships (``is_shipped(--model)``) the preset
+    is ``shipped``."""
     parser = build_parser(options, description, tuple(presets))
     if choice is not None:
         choice.add_to(parser)
@@ -174,7 +177,7 @@ def parse(
         raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
     given, hints = vars(given), get_type_hints(ScriptArguments)
     script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
-    preset = script.preset or (shipped if script.model is None else None)
+    preset = script.preset or (shipped if is_shipped(script.model) else None)
     if preset is not None and preset not in presets:
         raise unknown_name("preset", preset, presets)
     try:
@@ -361,7 +364,8 @@ class Script:
         run_main(lambda: self.run(argv))
 
     def run(self, argv: Sequence[str] | None) -> None:
-        script, options, preset = parse(self.options, self.presets, argv, self.description, self.shipped, self.choice)
+        what = (self.options, self.presets, argv, self.description, self.shipped, self.choice, self.is_shipped)
+        script, options, preset = parse(*what)
         self.check(options)
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
@@ -376,7 +380,8 @@ class Script:
         mask_id, _ = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
         prompts = fit_prompts(script, tokenizer, prompts, mask_id)
         if world.rank == 0:
-            print(f"{self.title} | {source} | {model.device.type}, {str(model.dtype)[6:]}")
+            name = "tiny" if self.is_shipped(script.model) else source
+            print(f"{self.title} | {name} | {model.device.type}, {str(model.dtype)[6:]}")
             values = " ".join(f"{k}={v}" for k, v in self.presets.get(preset, {}).items())
             print(f"preset {preset}: {values}\n" if preset else "no preset\n")
         output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
@@ -399,6 +404,12 @@ class Script:
         solved = {name: None if None in found else sum(found) for name, found in by_request.items()}
         print(format_comparison(rows, solved))
         print(f"\nlossless: {output.lossless}")
+
+    def is_shipped(self, model: str | None) -> bool:
+        """Is that the checkpoint in the script's folder, by whatever name?"""
+        if model is None:
+            return True
+        return (shipped_folder(model) or Path(self.source(model))).resolve() == (self.folder / "tiny").resolve()
 
     def source(self, model: str | None) -> str:
         """The checkpoint to load: ``model``, or the shipped one. A name of a checkpoint in the script's folder works from any folder."""

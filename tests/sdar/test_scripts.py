@@ -184,3 +184,20 @@ def test_two_processes_give_what_one_gives(capsys, tmp_path):
     assert ids[0] == ids[1]
     assert (tmp_path / "two/outputs.rank1.jsonl").is_file()
     assert len(json.loads((tmp_path / "trace.json").read_text())) == 5
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "tiny"], ["--model", "SDAR/tiny"], ["--model", str(TINY)]])
+def test_the_shipped_checkpoint_has_its_preset_by_any_name(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run([*model, "--prompt", "Count from 2 to 8 in steps of 2.", "--compare", "false"])
+    header, preset, *_ = capsys.readouterr().out.splitlines()
+    assert header == "SDAR, S2D2 | tiny | cpu, float32"
+    assert preset.startswith("preset tiny: block_length=32")
+
+
+def test_another_checkpoint_has_no_preset(capsys, tmp_path):
+    shutil.copytree(TINY, tmp_path / "mine")
+    run(["--model", str(tmp_path / "mine"), "--prompt", "Count from 2 to 8 in steps of 2.", "--compare", "false"])
+    header, preset, *_ = capsys.readouterr().out.splitlines()
+    assert f"| {tmp_path / 'mine'} |" in header
+    assert preset == "no preset"
