@@ -46,7 +46,7 @@ class _Captured:
     replay: Callable[[], None]
     inputs: list[Tensor | None]  # where to copy the arguments; None: read where it is
     result: Any
-    copied: list  # the arguments that were copied last
+    copied: list  # of the arguments that were copied last those that nobody writes to
 
 
 class Phases:
@@ -99,10 +99,10 @@ class Phases:
                 return function(first, *arguments)
             found = self._captured[key] = self._capture(function, first, arguments, leaves)
         for k, (buffer, leaf) in enumerate(zip(found.inputs, leaves, strict=True)):
-            if buffer is None or (leaf is found.copied[k] and hasattr(leaf, "never_written")):
+            if buffer is None or (leaf is not None and leaf is found.copied[k]):
                 continue
             buffer.copy_(leaf)
-            found.copied[k] = leaf
+            found.copied[k] = _if_never_written(leaf)
         found.replay()
         return _renewed(found.result)
 
@@ -133,7 +133,12 @@ class Phases:
         for tensor in _leaves(result):
             if isinstance(tensor, Tensor):
                 self._results.setdefault(id(tensor), len(self._results))
-        return _Captured(replay, buffers, result, list(leaves))
+        return _Captured(replay, buffers, result, [_if_never_written(leaf) for leaf in leaves])
+
+
+def _if_never_written(leaf: Any) -> Tensor | None:
+    """An argument that may be taken for unchanged when it comes again: see `shared.network.indices`."""
+    return leaf if hasattr(leaf, "never_written") else None
 
 
 def _kind(tensor: Tensor) -> tuple:
