@@ -129,7 +129,8 @@ def outcome(code: int) -> int:
         return LATE
     if code in (PASSED, RAISED):
         return PASSED if code == PASSED else FAILED
-    print(signal.Signals(-code).name if code < 0 else f"exit code {code}", file=sys.stderr)
+    names = {number.value: number.name for number in signal.Signals}  # signals of real-time have none
+    print(names.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}", file=sys.stderr)
     return DIED
 
 

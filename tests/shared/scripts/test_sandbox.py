@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UserError
-from shared.scripts import sandbox
+from shared.scripts import jail, sandbox
 from shared.scripts.sandbox import Limits, run
 
 
@@ -195,3 +195,10 @@ def check_plain_user(python: str, folder: Path) -> None:
                     "import os\nos.kill(os.getppid(), 9)", "open('/tmp/sandbox-escape', 'w')"):  # fmt: skip
         assert code(hostile) in (1, 2, 4), hostile
     assert not os.path.exists("/tmp/sandbox-escape")
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(capsys):
+    assert jail.outcome(-40) == jail.DIED
+    assert capsys.readouterr().err.strip() == "signal 40"
+    assert jail.outcome(-11) == jail.DIED
+    assert capsys.readouterr().err.strip() == "SIGSEGV"
