@@ -41,7 +41,7 @@ def train_problems(weights: Mapping[str, float] = WEIGHTS, seed: int | str = 0) 
 
 
 def held_out(task: str, count: int, seed: int | str = 0) -> list[Problem]:
-    """``count`` held-out problems of ``task`` with distinct prompts; the same for the same seed."""
+    """``count`` held-out problems of ``task`` with distinct prompts; the same for the same seed. A longer list begins with the shorter one."""
     rng, found = Random(f"held-out/{task}/{seed}"), {}
     sample = task_named(task).sample
     while len(found) < count:

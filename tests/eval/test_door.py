@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -46,11 +47,23 @@ def problems(task: str, count: int) -> list[str]:
     return [json.loads(row)["prompt"] for row in rows]
 
 
+FIRST_256 = {
+    "word_problems": "89aefd68a211",
+    "functions": "f88a09b31dde",
+    "instructions": "d19c0a4a95c7",
+}  # sha256 begins
+
+
 @pytest.mark.parametrize("task", list(TASKS))
 def test_committed_problems_are_what_the_command_makes_and_held_out(task):
     committed = (ROOT / "eval" / "tasks" / f"{task}.jsonl").read_text()
     assert committed == lines(task)
-    assert all(is_held_out(json.loads(row)["prompt"]) for row in committed.splitlines())
+    rows = committed.splitlines(keepends=True)
+    prompts = [json.loads(row)["prompt"] for row in rows]
+    assert len(set(prompts)) == len(rows) == 1024
+    assert all(map(is_held_out, prompts)), "training may have shown it"
+    first = hashlib.sha256("".join(rows[:256]).encode()).hexdigest()
+    assert first.startswith(FIRST_256[task]), "figures recorded on 256 problems are about these"
 
 
 def test_hf_is_ours_only_with_a_key_of_ours():

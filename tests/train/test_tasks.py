@@ -46,6 +46,7 @@ def test_held_out_prompts_are_distinct(task):
     problems = held_out(task, 40)
     assert len({p.prompt for p in problems}) == 40
     assert all(is_held_out(p.prompt) and p.task == task for p in problems)
+    assert held_out(task, 24) == problems[:24], "more problems follow the old ones"
 
 
 def test_the_split_is_pinned():
