@@ -1,11 +1,12 @@
 """Compares decoders and families on the same problems and writes a report of cost and accuracy.
 
-python -m eval.compare eval/grids/tiny.yaml --confirm_run_unsafe_code        # the shipped SDAR checkpoint: thresholds against S2D2
-python -m eval.compare --run family=SDAR,decoder=standard,block_length=8/16 --run family=SDAR,decoder=ssd_policy,preset=tiny --tasks instructions
+python -m eval.compare eval/grids/tiny.yaml --confirm_run_unsafe_code    # thresholds against S2D2
+python -m eval.compare --run decoder=standard,block_length=8/16 --run preset=tiny --tasks instructions
 
-A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts under ``predictions``, so that the
-same command goes on where a killed one stopped. The machine's read bandwidth and matrix rate are measured once (``machine.json``): they give the least
-time that a decoder's forwards can take. Then: results.json, results.csv, plots, and report.html, one file with everything in it.
+A cell is a setting on a task. Finished cells are appended to ``cells.jsonl`` in the output folder and finished texts
+under ``predictions``, so that the same command goes on where a killed one stopped. The machine's read bandwidth and
+matrix rate are measured once (``machine.json``): they give the least time that a decoder's forwards can take. Then:
+results.json, results.csv, plots, and report.html, one file with everything in it.
 """
 
 from __future__ import annotations
@@ -131,11 +132,12 @@ def cells_in(folder: Path) -> list[dict]:
 def write(grid: Grid, folder: Path, seed: int) -> None:
     """Every file of the report, from the finished cells of this grid."""
     from eval import page, plots
-    from eval.cells import cell_key
+    from eval.cells import cell_key, described
 
-    keys = {cell_key(grid, s, a, seed): s for a in grid.tasks for s in grid.settings}
+    keys = {cell_key(grid, s, a, seed): (s, a) for a in grid.tasks for s in grid.settings}
     measured = {c["key"]: c for c in cells_in(folder)}
-    cells = [measured[k] | {"setting": s.name, "group": s.group} for k, s in keys.items() if k in measured]
+    # Another grid may have measured a cell here, under another name or by a preset.
+    cells = [measured[k] | described(s, a) for k, (s, a) in keys.items() if k in measured]
     if not cells:
         raise UserError(
             f"output {str(folder)!r} holds no cell of this grid. Allowed: a folder in which one was measured"

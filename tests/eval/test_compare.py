@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,22 @@ def test_a_killed_comparison_goes_on(measured, tmp_path):
     ]
     assert texts.read_bytes().startswith(kept[0])
     assert len(texts.read_bytes().splitlines()) == 4, "the torn line is gone"
+
+
+def test_cells_that_two_grids_share_are_measured_once(measured, tmp_path):
+    """A preset and the same options spelled out are one cell; a report calls it what its own grid calls it."""
+    folder = tmp_path / "shared"
+    shutil.copytree(measured, folder)
+    grid = read_grid(folder / "grid.yaml")
+    named = {s.name: s for s in grid.settings}
+    spelled = replace(named["exact"], name="spelled", group="G", preset=None, options=named["exact"].resolved())
+    assert named["exact"].preset == "tiny"
+    compare.write(replace(grid, settings=(named["one"], spelled)), folder, 0)
+    rows = {r["setting"]: r for r in json.loads((folder / "results.json").read_text())["rows"]}
+    assert list(rows) == ["one", "spelled"]
+    before = {r["setting"]: r for r in json.loads((measured / "results.json").read_text())["rows"]}["exact"]
+    ours = {"setting": "spelled", "group": "G", "preset": None, "options": spelled.options}
+    assert rows["spelled"] == before | json.loads(json.dumps(ours))
 
 
 def contestant(setting, accuracy, forwards, verifies=0, p=1.0, **more):
