@@ -1,8 +1,9 @@
 """lm-eval's own command line with this repository's models, offline tasks and code runner in it.
 
-python -m eval --model dllm --model_args family=SDAR,pretrained=SDAR/tiny,preset=tiny --tasks word_problems --apply_chat_template --batch_size 32
+python -m eval --model dllm --model_args pretrained=SDAR/tiny,preset=tiny --tasks word_problems --apply_chat_template
 
-One flag more than lm-eval's: ``--resume`` goes on with what a killed run of the same command left under ``--output_path``.
+One flag more than lm-eval's: ``--resume`` goes on with what a killed run of the same command left under
+``--output_path``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ OURS = ("custom_generate", "custom_model_class", "family")
 
 
 def prepared(args):
-    """lm-eval's parsed arguments, with ``hf`` handed to ``dllm`` where a key of ours asks for it, and our tasks found."""
+    """lm-eval's parsed arguments; ``hf`` becomes ``dllm`` where a key of ours asks for it, and our tasks are found."""
     if getattr(args, "config", None):
         from lm_eval.config.evaluate_config import EvaluatorConfig
 
@@ -33,7 +34,8 @@ def prepared(args):
         args.device = args.device or "auto"  # lm-eval's own default is cuda:0
         if getattr(args, "use_cache", None):
             raise UserError(
-                f"use_cache is {args.use_cache!r}: lm-eval's cache knows no model, so it would give the texts of another. "
+                f"use_cache is {args.use_cache!r}: lm-eval's cache knows no model, "
+                "so it would give the texts of another. "
                 "Allowed: --output_path PATH with --resume, which knows what made each text"
             )
         if getattr(args, "seed", None) and args.seed[2] is not None:  # of random, numpy, torch and few-shot examples
@@ -55,7 +57,7 @@ def prepared(args):
 
 
 def predictions_of(output_path: str) -> Path:
-    """Where the texts of a run go. Only ``.json`` is a suffix, as for lm-eval: ``thr0.85`` and ``thr0.9`` are two folders."""
+    """Where the texts of a run go. Only ``.json`` is a suffix, as for lm-eval: ``thr0.85`` is a folder."""
     path = Path(output_path)
     return (path.with_suffix("") if path.suffix == ".json" else path) / "predictions"
 

@@ -1,9 +1,10 @@
-"""How often the fast forward changes a text: the same problems decoded by the plain network and by the kernels in CUDA graphs.
+"""How often the fast forward changes a text: the same problems by the plain network and by kernels in CUDA graphs.
 
 python -m eval.agreement --dtype bfloat16        # on a GPU
 
-In float32 the two agree token for token (a test says so). In bfloat16 they round differently, and greedy decoding turns a near-tie into another text.
-Prints, per decoder, the share of texts that are equal and the share of tokens before the first difference; one JSON line last.
+In float32 the two agree token for token (a test says so). In bfloat16 they round differently, and greedy decoding turns
+a near-tie into another text. Prints, per decoder, the share of texts that are equal and the share of tokens before the
+first difference; one JSON line last.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         rows[name] = compare(partial(decoder.generate, models[family.first]), prompts, **known, **call)
         r = rows[name]
         print(
-            f"{name:20s} {r['equal']}/{r['texts']} texts equal, {100 * r['tokens_before_first_difference']:.2f} % of tokens before a difference"
+            f"{name:20s} {r['equal']}/{r['texts']} texts equal, "
+            f"{100 * r['tokens_before_first_difference']:.2f} % of tokens before a difference"
         )
     print(json.dumps({"model": source, "dtype": args.dtype, "decoders": rows}))
 

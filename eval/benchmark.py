@@ -8,10 +8,11 @@ python -m eval.benchmark --shape sdar-8b --vs mymodule:generate --vs-kwargs '{"b
 
 Measures read bandwidth and matrix rate first, then milliseconds per forward by kind and size, then whole decodes.
 
-The floor of a forward is the time its bytes or its operations take at those rates (`eval.roofline`). Of a mixture of experts, the experts that its
-router chose are counted. Beside the floor stands the datasheet bandwidth: at what share of it the bytes were read. "outside" is the time of a decoding
-step that is not spent in its forwards. Random weights accept nothing, so `--accept N` keeps the first N tokens of every verified span whatever the
-verifier says; the acceptance rule still runs. Prints a table, then one JSON line, always last.
+The floor of a forward is the time its bytes or its operations take at those rates (`eval.roofline`). Of a mixture of
+experts, the experts that its router chose are counted. Beside the floor stands the datasheet bandwidth: at what share
+of it the bytes were read. "outside" is the time of a decoding step that is not spent in its forwards. Random weights
+accept nothing, so `--accept N` keeps the first N tokens of every verified span whatever the verifier says; the
+acceptance rule still runs. Prints a table, then one JSON line, always last.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from shared.scripts.models import checkpoints_of, load_models, other_models
 
 
 def scripted(accept: int) -> Callable[..., Verdict]:
-    """An acceptance rule that runs the real one and then keeps the first ``accept`` tokens of the span, replacing the next."""
+    """An acceptance rule that runs the real one, then keeps the first ``accept`` tokens and replaces the next."""
 
     def rule(draft, logits: Tensor, *rest) -> Verdict:
         real = accept_span(draft, logits, *rest)
@@ -131,7 +132,7 @@ class Forwards:
 
 
 def vocabulary(model) -> int:
-    """Random inputs are ids below this: ordinary tokens of every vocabulary here, which keep their special ids at the end."""
+    """Random inputs are ids below this: ordinary tokens, since every vocabulary here has its special ids at the end."""
     return min(1000, model.special_ids()[0])
 
 
@@ -141,14 +142,14 @@ def prompts_of(model, rows: int, context: int) -> list[list[int]]:
 
 
 def seconds_in_graphs(runner: GraphRunner, replays: Counter, device) -> float:
-    """What ``replays`` of a decode took: each shape timed on the inputs it was given last, times how often it was replayed."""
+    """What ``replays`` of a decode took: each shape's time on its last inputs, times how often it was replayed."""
     seconds = {shape: timed(lambda shape=shape: runner.replay(shape, shape.logit_rows), device) for shape in replays}
     return sum(count * seconds[shape] for shape, count in replays.items())
 
 
 def seconds_by_kind(output: Output, times: dict, rows: int) -> float:
-    """What the forwards of a decode took, by the time of one of its kind in its lane at batch ``rows``; a commit takes as long as a draft where
-    it was not timed."""
+    """What the forwards of a decode took, by the time of one of its kind in its lane at batch ``rows``; a commit takes
+    as long as a draft where it was not timed."""
     seconds = 0.0
     for lane, kinds in output.batch.items():
         for kind in kinds.keys() - {"prefill"}:
@@ -160,8 +161,8 @@ def seconds_by_kind(output: Output, times: dict, rows: int) -> float:
 def measure_decode(name: str, decode: TimedDecoder, models: dict, rows: int, args, times: dict) -> dict:
     """One decode of ``rows`` prompts at once, after one to warm up.
 
-    The time outside forwards is that of the decode less its forwards, each by its shape; without graphs by ``times``, seconds by (role, rows, name of
-    the forward).
+    The time outside forwards is that of the decode less its forwards, each by its shape; without graphs by ``times``,
+    seconds by (role, rows, name of the forward).
     """
     model = next(iter(models.values()))
     prompts = prompts_of(model, rows, args.context)
@@ -199,8 +200,10 @@ def measure_decode(name: str, decode: TimedDecoder, models: dict, rows: int, arg
         held = sum(p.nbytes for p in parameters.values()) + sum(e.cache.nbytes for e in engines)
         line["peak_memory_over_weights_and_cache"] = round(torch.cuda.max_memory_reserved() / held, 3)
     print(
-        f"{name:40s} batch {rows:3d}  {line['tokens_per_second']:9.1f} tokens/s  {line['forwards_per_token']:.3f} forwards/token  "
-        f"{line['ms_per_forward_in_loop']:7.3f} ms/forward  {line['ms_per_step_outside_forwards']:6.3f} ms/step outside",
+        f"{name:40s} batch {rows:3d}  {line['tokens_per_second']:9.1f} tokens/s  "
+        f"{line['forwards_per_token']:.3f} forwards/token  "
+        f"{line['ms_per_forward_in_loop']:7.3f} ms/forward  "
+        f"{line['ms_per_step_outside_forwards']:6.3f} ms/step outside",
         flush=True,
     )
     return line
@@ -215,7 +218,7 @@ def users_own(target: str, field: str):
 
 
 def against(target: str, kwargs: dict, model, args) -> dict:
-    """The same prompt and weights through a decoder with the published signature: ``function(model, input_ids, **kwargs)``."""
+    """The same prompt and weights through a published decoder: ``function(model, input_ids, **kwargs)``."""
     decode = users_own(target, "vs")
     ids = torch.tensor(prompts_of(model, 1, args.context), device=model.device)
     style, seconds = HFStyle(model), []
@@ -351,7 +354,7 @@ class TimedDecoder:
 
 
 def measure_decodes(models: dict, family: Family, times: dict, args) -> list[dict]:
-    """Decoding without verifying (or the baseline) and speculation at every batch size, and what they are to be compared with."""
+    """Unverified decoding (or the baseline), speculation, and what they are compared with, at every batch size."""
     model = models[family.first]
     plain = TimedDecoder(family, family.plain or family.baseline, models)
     rule = {"accept_rule": scripted(args.accept)} if args.accept is not None else {}
@@ -377,7 +380,8 @@ def main(argv: list[str] | None = None) -> None:
     model = models[family.first]
     machine = Machine.measure(model.device, model.dtype)
     print(
-        f"{machine.name}: reads {machine.read / 1e12:.2f} TB/s, {str(model.dtype)[6:]} products {machine.rate / 1e12:.1f} TFLOP/s"
+        f"{machine.name}: reads {machine.read / 1e12:.2f} TB/s, "
+        f"{str(model.dtype)[6:]} products {machine.rate / 1e12:.1f} TFLOP/s"
     )
     lines, times, captured = [], {}, 0.0
     for role in family.timed:

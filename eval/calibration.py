@@ -38,7 +38,8 @@ def of_verified(record: dict) -> list[tuple[float, bool]]:
 
 
 def of_unverified(record: dict, baseline: list[int]) -> list[tuple[float, bool]]:
-    """``(confidence, is it the token of block size one)`` at positions filled without a verifier, up to the first that is not."""
+    """``(confidence, is it block size one's token)`` where no verifier filled a position, up to the first that is
+    not."""
     found = []
     for confidence, how, token, truth in zip(
         record["confidence"], record["how"], record["ids"], baseline, strict=False
@@ -51,7 +52,8 @@ def of_unverified(record: dict, baseline: list[int]) -> list[tuple[float, bool]]
 
 
 class Recorder:
-    """A `shared.policy.accept.accept_span` that also asks every acceptance estimator about the drafts it judges; ``bins`` by estimator."""
+    """A `shared.policy.accept.accept_span` that also asks every acceptance estimator about the drafts it judges;
+    ``bins`` by estimator."""
 
     def __init__(self):
         self.options = Estimation()

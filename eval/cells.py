@@ -69,7 +69,8 @@ class Bench:
         return cell
 
     def _evaluate(self, asked: Asked, problems: int | None) -> list[dict] | None:
-        """lm-eval's samples of the task, by its own judge. Not by its `simple_evaluate`, which asks pip for every package each time."""
+        """lm-eval's samples of the task, by its own judge (its `simple_evaluate` asks pip for every package each
+        time)."""
         from lm_eval import evaluate
 
         with quiet():
@@ -106,7 +107,8 @@ class Bench:
         return self._baselines[asked.task]
 
     def _estimators(self, setting: Setting, asked: Asked) -> dict[str, list]:
-        """Bins of every acceptance estimator on this process's share. A separate pass, without graphs: estimators read the device, which costs time."""
+        """Bins of every acceptance estimator on this process's share. A separate pass, without graphs: estimators read
+        the device, which costs time."""
         self.lm.use(setting.decoder, setting.preset, **setting.options, graphs=False)
         self.lm.accept_rule = recorder = calibration.Recorder()
         self.lm.keep(None, resume=False)
@@ -115,7 +117,7 @@ class Bench:
         return recorder.bins
 
     def _replay(self, record: dict, samples: list[dict], doc: int) -> dict:
-        """A decode as the report plays it: the pieces of the text, and of each when, how and how surely it was decided."""
+        """A decode as the report plays it: the text's pieces, each with when, how and how surely it was decided."""
         first = min(record["step"], default=0)
         prompt = next(str(s["arguments"][0][0]) for s in samples if s["doc_id"] == doc)
         return {
@@ -158,15 +160,24 @@ def quiet() -> Iterator[None]:
 
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
-    what = [setting.family, setting.decoder, setting.checkpoints, fingerprints(setting.checkpoints), code_version(setting.family), setting.resolved(), asked.task, asked.metric,
-            grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
+    family, checkpoints = setting.family, setting.checkpoints
+    what = [family, setting.decoder, checkpoints, fingerprints(checkpoints), code_version(family), setting.resolved()]
+    what += [asked.task, asked.metric, grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def described(setting: Setting, asked: Asked) -> dict:
     """What was run."""
-    return {"family": setting.family, "setting": setting.name, "group": setting.group, "decoder": setting.decoder,
-            "pretrained": setting.checkpoint, "preset": setting.preset, "options": setting.options, "task": asked.task}  # fmt: skip
+    return {
+        "family": setting.family,
+        "setting": setting.name,
+        "group": setting.group,
+        "decoder": setting.decoder,
+        "pretrained": setting.checkpoint,
+        "preset": setting.preset,
+        "options": setting.options,
+        "task": asked.task,
+    }
 
 
 def judged(samples: list[dict], asked: Asked, records: dict[int, dict]) -> dict:
@@ -187,8 +198,8 @@ def judged(samples: list[dict], asked: Asked, records: dict[int, dict]) -> dict:
 
 
 def spent(records: dict[int, dict], sizes: dict[str, Sizes]) -> dict:
-    """Forwards by kind, what each lane spent and had to move and compute, and the seconds of the slowest process: those of its calls up to their
-    last text."""
+    """Forwards by kind, what each lane spent and had to move and compute, and the seconds of the slowest process: those
+    of its calls up to their last text."""
     lanes = lanes_of(records.values())
     work = work_of(lanes, sizes)
     forwards, calls = Counter(), defaultdict(float)
@@ -209,7 +220,7 @@ def spent(records: dict[int, dict], sizes: dict[str, Sizes]) -> dict:
 
 
 def traced(records: dict[int, dict], baseline: dict[int, list[int]]) -> dict:
-    """What the traces tell: lengths accepted, calibration of the drafter's confidence, texts equal to the baseline's."""
+    """What the traces tell: lengths accepted, calibration of the drafter, texts equal to the baseline's."""
     accepted, known = Counter(), {d: r for d, r in records.items() if "ids" in r}
     for r in known.values():
         accepted.update(a for _, _, a in r["verified"])

@@ -16,7 +16,8 @@ _HELD: dict[Path, TextIO] = {}
 
 
 def claim(folder: str | Path) -> None:
-    """Make ``folder`` this process's until `release` or its end. Raises `UserError` where it cannot be used or another process holds it."""
+    """Make ``folder`` this process's until `release` or its end. Raises `UserError` where it cannot be used or another
+    process holds it."""
     folder = Path(folder)
     check_writable(folder)
     place = folder.resolve()
@@ -34,7 +35,8 @@ def claim(folder: str | Path) -> None:
     except OSError:
         file.close()
         raise UserError(
-            f"output folder {str(folder)!r} is in use by another run. Allowed: another folder, or this one when that run has ended"
+            f"output folder {str(folder)!r} is in use by another run. "
+            "Allowed: another folder, or this one when that run has ended"
         ) from None
     _HELD[place] = file
 
@@ -82,9 +84,10 @@ def flattened(settings: dict, under: str = "") -> Iterator[tuple[str, object]]:
 
 
 def check_fresh(folder: str | Path, name: str) -> None:
-    """Raise `UserError` if an earlier run left records called ``name`` in ``folder``: a new one would write over them."""
+    """Raise `UserError` if ``folder`` holds records called ``name``: a new run would write over them."""
     found = [path for path in sorted(Path(folder).glob(f"{name}*.jsonl")) if path.stat().st_size]
     if found:
         raise UserError(
-            f"output folder {str(folder)!r} holds results ({found[0].name}). Allowed: --resume, which keeps them, or another folder"
+            f"output folder {str(folder)!r} holds results ({found[0].name}). "
+            "Allowed: --resume, which keeps them, or another folder"
         )

@@ -1,4 +1,4 @@
-"""The metric ``code_eval`` that humaneval and mbpp would fetch from a hub, judged by `shared.scripts.sandbox` instead."""
+"""The metric ``code_eval``, which humaneval and mbpp would fetch from a hub, by `shared.scripts.sandbox`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,), **limits
     ):
-        """``({"pass@k": share}, {problem: [passed, ...]})``: each prediction followed by its problem's test must run to its end."""
+        """``({"pass@k": share}, {problem: [passed, ...]})``. Passed: prediction and test together run to their end."""
         results = {
             i: [sandbox.run(f"{candidate}\n{test}", sandbox.Limits(**limits)).passed for candidate in candidates]
             for i, (test, candidates) in enumerate(zip(references, predictions, strict=True))

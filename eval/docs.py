@@ -7,8 +7,8 @@ python -m eval.docs --check              # write nothing; say which are stale, w
 A table stands between ``<!-- MAKER ... -->`` and ``<!-- /MAKER -->``, and what follows MAKER says which:
 
     <!-- flags: module:Class -->                       every field of an options class
-    <!-- compare KIND: FILE [TASK] [PATTERN] -->       results.json of `eval.compare`; KIND is one of `eval.results.TABLES`, PATTERN a regular expression
-                                                       for settings
+    <!-- compare KIND: FILE [TASK] [PATTERN] -->       results.json of `eval.compare`; KIND is one of
+                                                       `eval.results.TABLES`, PATTERN a regular expression for settings
     <!-- benchmark: FILE -->                           what `eval.benchmark --json` wrote
 
 Each FILE is a path in the repository.

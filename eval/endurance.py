@@ -41,7 +41,8 @@ def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[st
 def run_cli(flags: list[str], log: str | None = None) -> None:
     """`python -m eval` in this process; ``log`` takes what it prints.
 
-    Without two things that take seconds and have no part in this: lm-eval's index of all public tasks, and its questions to pip.
+    Without two things that take seconds and have no part in this: lm-eval's index of all public tasks, and its
+    questions to pip.
     """
     import lm_eval.evaluator
     from lm_eval.tasks import TaskManager
@@ -105,7 +106,8 @@ def kill(context, flags: list[str], folder: Path, texts: int, later: float) -> b
 
 
 def trial(times: int, *, task: str = "instructions", limit: int = 24, seed: int = 0) -> list[dict]:
-    """One record a kill: when, how many texts were on disk, was the run still alive, and were the scores those of a whole run?
+    """One record a kill: when, how many texts were on disk, was the run still alive, and were the scores those of a
+    whole run?
 
     The moment is drawn: so many texts, then up to a tenth of a second more, which may be amid a forward or amid a line.
     """

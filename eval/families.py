@@ -26,7 +26,7 @@ READ = (
 
 @cache
 def fingerprint(source: str) -> tuple:
-    """What tells the files under a path from those that stood there before: weights by size and time, the small ones by what they say."""
+    """What tells the files under a path from earlier ones: weights by size and time, small files by their content."""
     folder = checkpoint_folder(source)
     files = [f for f in sorted(folder.rglob("*")) if f.suffix in READ and f.is_file()]
     return tuple((str(f.relative_to(folder)), *_told_by(f)) for f in files)

@@ -12,8 +12,8 @@
         options: {block_length: [8, 16], confidence_threshold: [0.8, 0.9]}     # a list is swept
         variants: {}                                    # name -> options, swept like a list; the name is {variant}
 
-A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of networks beside the first go by their role
-(``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
+A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of networks beside the first
+go by their role (``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """``problems``: the first so many of each task (None: all). ``calibrate``: so many also with every acceptance estimator at work.
-    ``replays``: of so many problems a task the traces go into the report."""
+    """``problems``: the first so many of each task (None: all). ``calibrate``: so many also with every acceptance
+    estimator at work. ``replays``: of so many problems a task the traces go into the report."""
 
     name: str
     settings: tuple[Setting, ...]

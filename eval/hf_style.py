@@ -1,7 +1,8 @@
 """A model of this repository behind the forward that published decoders call.
 
-They expect ``model(input_ids, attention_mask=, position_ids=, past_key_values=, use_cache=, store_kv=) -> output with .logits`` and a transformers
-``DynamicCache`` that only grows. This runs their code on our weights, to compare decoders on equal terms.
+They expect ``model(input_ids, attention_mask=, position_ids=, past_key_values=, use_cache=, store_kv=) -> output with
+.logits`` and a transformers ``DynamicCache`` that only grows. This runs their code on our weights, to compare decoders
+on equal terms.
 """
 
 from __future__ import annotations

@@ -46,10 +46,13 @@ from shared.scripts.store import Store
 
 log = logging.getLogger(__name__)
 
-LOADER_KEYS = ("pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume", "traces",
-               "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size", "revision", "enable_thinking")  # fmt: skip
+LOADER_KEYS = (
+    "pretrained", "family", "decoder", "preset", "dtype", "device", "batch_size", "seed", "predictions", "resume",
+    "traces", "custom_generate", "custom_model_class", "trust_remote_code", "gen_kwargs", "max_batch_size", "revision",
+    "enable_thinking",
+)  # fmt: skip
 _NOT_OPTIONS = ("until", "max_length")
-# What public tasks and commands write though it changes nothing here: the only value that a decoder of this repository can mean by it.
+# What public tasks and commands write though it changes nothing here: the only value that our decoders can take.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
 AUTO_BATCH = 32  # texts in flight where nobody says how many: their number changes no text
@@ -57,16 +60,21 @@ AUTO_BATCH = 32  # texts in flight where nobody says how many: their number chan
 
 @register_model("dllm")
 class DraftAndVerifyLM(TemplateLM):
-    """See README.md for the keys. Options of the decoder are keys too. ``gen_kwargs`` win over them, they over the task's, the task's over ``preset``.
+    """See README.md for the keys. Options of the decoder are keys too. ``gen_kwargs`` win over them, they over the
+    task's, the task's over ``preset``.
 
-    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``). The checkpoint of another network goes by
-    the key of its role (``drafter=...``). ``predictions``: a folder to which every finished text is appended as one JSON line, with ``traces`` also how
-    it was decoded; with ``resume`` those found there are not decoded again.
+    ``pretrained`` is the checkpoint of the family's first network, or one that ships with it (``SDAR/tiny``). The
+    checkpoint of another network goes by the key of its role (``drafter=...``). ``predictions``: a folder to which
+    every finished text is appended as one JSON line, with ``traces`` also how it was decoded; with ``resume`` those
+    found there are not decoded again.
     """
 
-    def __init__(self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
-                 max_batch_size=None, seed=0, predictions=None, resume=False, traces=False, custom_generate=None, custom_model_class=None,
-                 trust_remote_code=None, gen_kwargs=None, revision=None, enable_thinking=None, **options):  # fmt: skip
+    def __init__(
+        self, pretrained=None, family=None, decoder=None, preset=None, *, dtype="auto", device="auto", batch_size=None,
+        max_batch_size=None, seed=0, predictions=None, resume=False, traces=False, custom_generate=None,
+        custom_model_class=None, trust_remote_code=None, gen_kwargs=None, revision=None, enable_thinking=None,
+        **options,
+    ):  # fmt: skip
         super().__init__()
         if not pretrained:
             raise UserError(
@@ -101,7 +109,7 @@ class DraftAndVerifyLM(TemplateLM):
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
-        """Decode with this decoder and these options from now on. Raises `UserError` for unknown names and impossible values."""
+        """Decode like this from now on. Raises `UserError` for unknown names and impossible values."""
         if decoder not in self._family.decoders:
             raise unknown_name("decoder", decoder, self._family.decoders)
         check_roles(self._family, decoder, self.checkpoints)
@@ -112,7 +120,8 @@ class DraftAndVerifyLM(TemplateLM):
         self.options_for({})
 
     def keep(self, predictions: str | Path | None, resume: bool) -> None:
-        """Finished texts go to this folder from now on; what was spent is counted anew. Raises `UserError` in every process if one must not use it."""
+        """Finished texts go to this folder from now on; what was spent is counted anew. Raises `UserError` in every
+        process if one must not use it."""
         self._store.close()
         if predictions is not None:
             if self._rank == 0:
@@ -162,7 +171,8 @@ class DraftAndVerifyLM(TemplateLM):
         self.decoder_name = name
 
     def options_for(self, task_kwargs: dict):
-        """The decoder's options for a task: ``--gen_kwargs`` over ``model_args`` over the task's own over the preset over the defaults."""
+        """The decoder's options for a task: ``--gen_kwargs`` over ``model_args`` over the task over preset over
+        defaults."""
         task = {k: v for k, v in without_neutral(task_kwargs).items() if k not in self._gen_kwargs}
         layers = (self._preset, task, self._flat, self._gen_kwargs)
         if self._user_generate:
@@ -184,7 +194,7 @@ class DraftAndVerifyLM(TemplateLM):
         return None if found is None else coerce("max_length", found, int)
 
     def _user_options(self, layers: Sequence[dict]) -> dict:
-        """Keywords for ``custom_generate``: its length as ``max_new_tokens``, and of the task's others those that it knows."""
+        """Keywords for ``custom_generate``: its length as ``max_new_tokens``, and those of the task that it knows."""
         flat: dict = {}
         for layer in layers:
             length = next((layer[k] for k in ALIASES["max_new_tokens"] if layer.get(k) is not None), None)
@@ -232,8 +242,11 @@ class DraftAndVerifyLM(TemplateLM):
             own = {"custom_generate": f"{name} of {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
         prints = fingerprints(self.checkpoints)
         files = {role: {name: told for name, *told in found} for role, found in prints.items()}
-        return {"family": self.family_name, "decoder": self.decoder_name, **own, "dtype": self._dtype, "seed": self._seed,
-                "checkpoint": dict(self.checkpoints), "options": flat, "file": files, "code version": code_version(self.family_name)}  # fmt: skip
+        return {
+            "family": self.family_name, "decoder": self.decoder_name, **own, "dtype": self._dtype, "seed": self._seed,
+            "checkpoint": dict(self.checkpoints), "options": flat, "file": files,
+            "code version": code_version(self.family_name),
+        }  # fmt: skip
 
     def _key(self, mark: str, request: Instance, seen: Counter) -> str:
         """The name of a text among all that this model could be asked for."""
@@ -282,9 +295,10 @@ class DraftAndVerifyLM(TemplateLM):
         """Texts of the chosen decoder, kept as they finish."""
         numbers = [int(key[:14], 16) for key in keys]  # randomness belongs to the request, not to its place in a batch
         by_number = dict(zip(numbers, keys, strict=True))
+        rule = {"accept_rule": self.accept_rule} if self.accept_rule else {}
         output = self._decoder.generate(
             self.model, prompts, options, tokenizer=self.tokenizer, batch_size=min(self.batch_size, len(prompts)),
-            seed=self._seed, requests=numbers, stop=stop, **({"accept_rule": self.accept_rule} if self.accept_rule else {}),
+            seed=self._seed, requests=numbers, stop=stop, **rule,
             on_finish=lambda completion: keep(by_number[completion.request], record_of(completion, self._traces)),
             **other_models(self._family, self.decoder_name, self.models),
         )  # fmt: skip
@@ -372,8 +386,11 @@ class DraftAndVerifyLM(TemplateLM):
         results = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
-            )  # fmt: skip
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,
+                context_len=1,
+            )
             parts = self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for w in windows])
             results.append(sum(score for score, _ in parts))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
@@ -407,15 +424,20 @@ class DraftAndVerifyLM(TemplateLM):
             )
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, **thinking, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
-        )  # fmt: skip
+            chat_history,
+            tokenize=False,
+            **thinking,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.tokenizer.get_chat_template() if chat_template else ""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This process's own count for every process. lm-eval asks for the counts of requests to make them even, by its last request again and again;
-        here nobody waits for the others, and repeated requests would be recorded as further texts of that document."""
+        """This process's own count for every process. lm-eval asks for the counts of requests to make them even, by its
+        last request again and again; here nobody waits for the others, and repeated requests would be recorded as
+        further texts of that document."""
         return tensor.reshape(1).repeat(self._world_size)
 
     def gather_object(self, obj, dst: int = 0):
@@ -437,7 +459,8 @@ class DraftAndVerifyLM(TemplateLM):
         return {
             "decoding": {
                 "family": self.family_name, "checkpoints": self.checkpoints, "decoder": self.decoder_name,
-                "dtype": str(self.model.dtype)[6:], "seed": self._seed, "batch_size": self.batch_size, "processes": self._world_size, "options": self._used,
+                "dtype": str(self.model.dtype)[6:], "seed": self._seed, "batch_size": self.batch_size,
+                "processes": self._world_size, "options": self._used,
                 "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent), "forwards": dict(forwards),
                 "lane_forwards": {lane: sum(s.forwards for s in kinds.values()) for lane, kinds in lanes.items()},
                 "mean_acceptance_length": gained / verifies if verifies else None,
@@ -480,9 +503,10 @@ def load_function(target: str):
 
 
 def new_ids(returned, padded: list[list[int]], prompts: list[list[int]], ends: Container[int]) -> list[list[int]]:
-    """What ``custom_generate`` has generated, row by row: up to the first id in ``ends``, those of stop tokens and padding.
+    """What ``custom_generate`` has generated, row by row, up to the first of ``ends`` (stop tokens and padding).
 
-    It may return ids with the prompts, as transformers does (``padded``, or each without its padding), or the new ones alone.
+    It may return ids with the prompts, as transformers does (``padded``, or each without its padding), or the new ones
+    alone.
     """
     try:
         rows = [[int(i) for i in row] for row in (returned.tolist() if hasattr(returned, "tolist") else returned)]
@@ -491,7 +515,8 @@ def new_ids(returned, padded: list[list[int]], prompts: list[list[int]], ends: C
     if rows is None or len(rows) != len(prompts):
         what = type(returned).__name__ if rows is None else f"{len(rows)} rows"
         raise UserError(
-            f"custom_generate returned {what} for {len(prompts)} prompts. Allowed: ids [B, L], with the prompts or without, or an Output"
+            f"custom_generate returned {what} for {len(prompts)} prompts. "
+            "Allowed: ids [B, L], with the prompts or without, or an Output"
         )
     for begins in (padded, prompts):
         if all(row[: len(b)] == b for row, b in zip(rows, begins, strict=True)):

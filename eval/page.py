@@ -15,12 +15,12 @@ _FILES = Path(__file__).parent / "report"
 _HOWS = ("accepted", "resampled", "bonus", "confident", "fallback", "forced", "filled", "next", "ratio", "edited")
 _CAPTIONS = {
     "forwards": "Accuracy against forwards per token; bars are 95 % intervals. Up and to the left is better.",
-    "floor": "Accuracy against the least time a token takes: the bytes and operations of every model's forwards at the measured rates of the machine. "
-    "Up and to the left is better.",
+    "floor": "Accuracy against the least time a token takes: the bytes and operations of every model's forwards at the "
+    "measured rates of the machine. Up and to the left is better.",
     "speed": "Accuracy against tokens per second of the whole batch. Up and to the right is better.",
     "accepted": "How many drafted tokens a verify accepts.",
-    "calibration": "Calibration: the confidence of a drafter or an estimator in a token, against how often the verifier accepts it, or how often it is the "
-    "baseline's token. On the diagonal the confidence is right.",
+    "calibration": "Calibration: the confidence of a drafter or an estimator in a token, against how often the "
+    "verifier accepts it, or how often it is the baseline's token. On the diagonal the confidence is right.",
 }
 
 
@@ -50,7 +50,8 @@ def render(results: dict, cells: list[dict], pictures: dict[str, Path]) -> str:
 
 
 def legend_of(replays: list[dict]) -> list[str]:
-    """What positions were decided by in these decodes, in the order of the legend; a draft that the rule fills is confident or a fallback."""
+    """How positions were decided in these decodes, in the legend's order; the rule fills a confident draft or a
+    fallback."""
     found = {how for replay in replays for how in replay["how"]} | {"confident", "fallback"}
     found |= {"edited" for replay in replays if replay["edits"]}
     return [how for how in _HOWS if how in found]

@@ -28,7 +28,7 @@ MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 class Styles:
-    """A colour for each stem of a group's name (what is left without ``B=16``), a mark for each member of a stem, grey for the baseline."""
+    """A colour for each stem of a group's name (without ``B=16``), a mark for each member, grey for the baseline."""
 
     def __init__(self, rows: list[dict], baseline: str):
         self.baseline = {r["group"] for r in rows if r["setting"] == baseline}

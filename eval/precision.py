@@ -3,9 +3,10 @@
 python -m eval.precision --shape sdar-8b       # random weights of a named shape, on a GPU
 python -m eval.precision                       # the default family's shipped checkpoint, on what is here
 
-One prompt is encoded, then the forwards of the family's decoders (drafts, verifies) run on top of it: by the plain network in float32 (the weights are
-those of bfloat16, so only arithmetic differs), by the plain network in bfloat16, and by the fast forward in bfloat16 where it can run. The fast forward
-is compared with the plain network at its own precision. Prints mean and largest difference of log-probabilities; one JSON line last.
+One prompt is encoded, then the forwards of the family's decoders (drafts, verifies) run on top of it: by the plain
+network in float32 (the weights are those of bfloat16, so only arithmetic differs), by the plain network in bfloat16,
+and by the fast forward in bfloat16 where it can run. The fast forward is compared with the plain network at its own
+precision. Prints mean and largest difference of log-probabilities; one JSON line last.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ TOLERANCE = 1.25  # the fast forward's mean difference over that of the plain ne
 
 @torch.inference_mode()
 def log_probabilities(model, timed: Timed, runtime: Runtime, context: int, length: int) -> Tensor:
-    """``[N, V]`` float32: of every position at which the family's timed forwards give logits, after ``context`` tokens; half of a block is masked."""
+    """``[N, V]`` float32: where the family's timed forwards give logits, after ``context`` tokens, half a block
+    masked."""
     device, mask_id = model.device, model.special_ids()[0]
     kinds = [f for f in imported(timed.forwards)(length, device) if not f.commit_rows]
     engine = Engine(model, 1, context + 3 * length, imported(timed.kinds)(length), runtime)

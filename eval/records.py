@@ -9,7 +9,8 @@ from shared.trace import Lanes, Spent, add_lanes
 
 
 def record_of(completion: Completion, traces: bool) -> dict:
-    """A text and what it cost: forwards by kind, and what each lane spent (a `shared.trace.Spent` by kind); with ``traces`` also how it was decoded."""
+    """A text and what it cost: forwards by kind, and what each lane spent (a `shared.trace.Spent` by kind); with
+    ``traces`` also how it was decoded."""
     record = {
         "text": completion.text,
         "tokens": len(completion.tokens),
@@ -23,8 +24,8 @@ def record_of(completion: Completion, traces: bool) -> dict:
 
 
 def trace_of(completion: Completion) -> dict:
-    """What a comparison needs of a text's trace, position by position of the returned tokens; of each verify ``[step, span, accepted]`` and of each
-    edit ``[step, position in the text, old id, new id]``."""
+    """What a comparison needs of a text's trace, position by position of the returned tokens; of each verify ``[step,
+    span, accepted]`` and of each edit ``[step, position in the text, old id, new id]``."""
     trace, first = completion.trace, completion.trace.prompt_length
     part = slice(first, first + len(completion.tokens))
     return {
@@ -47,7 +48,7 @@ def lanes_of(records: Iterable[Mapping]) -> dict[str, dict[str, Spent]]:
 
 
 def work_of(lanes: Lanes, sizes: Mapping[str, Sizes]) -> dict[str, dict[str, Work]]:
-    """What the passes of each lane must move and compute, by kind, each text as if it ran alone; as `shared.output.Output.work`."""
+    """What the passes of each lane must move and compute, by kind, each text as if alone (`Output.work`)."""
     return {lane: {k: sizes[lane].work(spent) for k, spent in kinds.items()} for lane, kinds in lanes.items()}
 
 

@@ -17,7 +17,7 @@ MARGIN = 0.02  # a setting is equal to the baseline where a loss above this is r
 
 
 def row_of(cell: dict, baseline: dict | None, machine: Machine | None = None) -> dict:
-    """The figures of a cell. ``solved``: one digit a problem; ``p``: McNemar's test against the baseline on the same problems."""
+    """The figures of a cell. ``solved``: one digit a problem; ``p``: McNemar's test against the baseline."""
     count, tokens = len(cell["docs"]), sum(cell["tokens"])
     solved = [v > 0.5 for v in cell["values"]]
     low, high = wilson(sum(cell["values"]), count)
@@ -94,7 +94,7 @@ COSTS: dict[str, Callable[[dict], float]] = {
 
 
 def costs_of(rows: list[dict]) -> list[str]:
-    """The measures by which rows are ranked: the floor where their lanes differ and all have one, else forwards; and measured seconds."""
+    """What rows are ranked by: the floor where their lanes differ and all have one, else forwards; and seconds."""
     floors = lanes_differ(rows) and all(r.get("floor_seconds_per_token") is not None for r in rows)
     return ["floor ms / token" if floors else "forwards / token", "seconds"]
 
@@ -102,9 +102,10 @@ def costs_of(rows: list[dict]) -> list[str]:
 def winners(rows: list[dict], baseline: str) -> list[dict]:
     """The cheapest settings at equal accuracy, by family, checkpoint, task and measure of cost.
 
-    ``bar`` "at least": settings that solve at least as many problems as the baseline; "equal": those shown to lose less than `MARGIN` (see
-    `is_equal`). ``needed``: of each kind that has none, how many problems would do for one of its settings (None: no number would).
-    ``plain`` and ``speculative`` are the cheapest of each kind among them, None where none is; ``gain`` is how many times cheaper the latter is.
+    ``bar`` "at least": settings that solve at least as many problems as the baseline; "equal": those shown to lose less
+    than `MARGIN` (see `is_equal`). ``needed``: of each kind that has none, how many problems would do for one of its
+    settings (None: no number would). ``plain`` and ``speculative`` are the cheapest of each kind among them, None where
+    none is; ``gain`` is how many times cheaper the latter is.
     """
     found = []
     several = len({(r["family"], r["pretrained"]) for r in rows}) > len({r["family"] for r in rows})
@@ -124,8 +125,8 @@ def winners(rows: list[dict], baseline: str) -> list[dict]:
                     "plain": needed_by(filter(is_plain, here)),
                     "speculative": needed_by(r for r in here if r["verifies"]),
                 }
-                found.append({"family": family, "task": task, "bar": bar, "cost": cost, "baseline": first, "plain": plain,
-                              "speculative": spec, "gain": gain, "needed": needed})  # fmt: skip
+                about = {"family": family, "task": task, "bar": bar, "cost": cost, "baseline": first}
+                found.append({**about, "plain": plain, "speculative": spec, "gain": gain, "needed": needed})
     return found
 
 
@@ -137,7 +138,8 @@ def _bars(baseline: dict) -> dict[str, Callable[[dict], bool]]:
 
 
 def is_equal(row: dict, baseline: dict) -> bool:
-    """Is it the baseline, a lossless decoder that gives the baseline's very texts, or shown to lose less than `MARGIN` (non-inferiority, 95 percent)?"""
+    """Is it the baseline, a lossless decoder that gives the baseline's very texts, or shown to lose less than `MARGIN`
+    (non-inferiority, 95 percent)?"""
     if row is baseline or (row.get("lossless") and row.get("same") is not None and row["same"] == row["problems"]):
         return True
     return "better" in row and loss_bound(row["worse"], row["better"], row["problems"]) <= MARGIN

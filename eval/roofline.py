@@ -1,7 +1,8 @@
 """What a machine can do, measured, and the least time a forward can take on it.
 
-The floor of a forward is the larger of two times: its weights and cached keys and values over the measured read bandwidth, its operations over the measured
-matrix rate. On a CPU the same two are measured; they bound less tightly there, because small weights stay in its caches.
+The floor of a forward is the larger of two times: its weights and cached keys and values over the measured read
+bandwidth, its operations over the measured matrix rate. On a CPU the same two are measured; they bound less tightly
+there, because small weights stay in its caches.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Machine:
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        """Read bandwidth by reductions over a buffer far larger than any cache, matrix rate by one large product of random numbers."""
+        """Read bandwidth by reductions over a buffer larger than any cache, matrix rate by one large random product."""
         on_gpu = device.type == "cuda"
         size = (4 << 30) if on_gpu else (256 << 20)
         buffer = torch.randn(size // 4, device=device)
@@ -94,7 +95,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Touched:
-    """What a forward asks of its experts, over all layers: how many of them run, and for how many pairs of a token and an expert."""
+    """What a forward asks of its experts, over all layers: how many run, and for how many (token, expert) pairs."""
 
     experts: float = 0.0
     pairs: float = 0.0
@@ -124,10 +125,12 @@ def forward_work(
     touched: Touched | None = None,
     rows: int | None = None,
 ) -> Work:
-    """A decoder's forward over ``entries`` of ``tokens`` each with ``context`` cached tokens; ``logits`` positions in all reach the head.
+    """A decoder's forward over ``entries`` of ``tokens`` each with ``context`` cached tokens; ``logits`` positions in
+    all reach the head.
 
-    ``rows``: of the cache that the entries share (default: one each); what is cached of a row is read once. ``causal``: about half of the local
-    query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and run.
+    ``rows``: of the cache that the entries share (default: one each); what is cached of a row is read once. ``causal``:
+    about half of the local query-key pairs are masked. ``touched``: of a mixture of experts, only these are read and
+    run.
     """
     sizes, touched = sizes_of(model), touched or Touched()
     pairs = entries * tokens * (context + tokens / (2 if causal else 1))

@@ -18,7 +18,8 @@ def shapes() -> dict[str, str]:
 
 
 def family_of(family: str | None, shape: str | None, model: str | None) -> Family:
-    """The family that ``shape`` or the checkpoint ``model`` belongs to, or the one named ``family``, or the default one; `UserError` if they differ."""
+    """The family of ``shape`` or of the checkpoint ``model``, else ``family``, else the default; `UserError` if they
+    differ."""
     if shape is not None and shape not in shapes():
         raise unknown_name("shape", shape, sorted(shapes()))
     found = shapes()[shape] if shape else None

@@ -6,7 +6,7 @@ from eval.roofline import Machine
 
 
 def share_of_datasheet(machine: Machine, forward: dict) -> float | None:
-    """At what share of the bandwidth of its datasheet a recorded ``machine`` read the bytes of a ``forward``; None where either is unknown."""
+    """The share of its datasheet's bandwidth at which ``machine`` read a ``forward``; None where either is unknown."""
     return machine.of_datasheet(forward["read_bytes"] / (forward["ms"] / 1e3)) if "read_bytes" in forward else None
 
 
@@ -14,8 +14,9 @@ def speed_tables(result: dict) -> str:
     """The machine, its forwards against their floors, and the decodes, as Markdown."""
     machine = result["machine"]
     lines = [
-        f"{machine['name']}, torch {result['torch']}: reads {machine['read_bytes_per_second'] / 1e12:.2f} TB/s, {result['dtype']} products "
-        f"{machine['operations_per_second'] / 1e12:.0f} TFLOP/s. Context {result['context']}, block length {result['block_length']}; "
+        f"{machine['name']}, torch {result['torch']}: reads {machine['read_bytes_per_second'] / 1e12:.2f} TB/s, "
+        f"{result['dtype']} products {machine['operations_per_second'] / 1e12:.0f} TFLOP/s. "
+        f"Context {result['context']}, block length {result['block_length']}; "
         f"{result['capture_seconds']:.0f} s to capture graphs.",
         "",
     ]

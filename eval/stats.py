@@ -20,7 +20,8 @@ def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
     """``(only the first is right, only the second is, p)`` over the same problems: McNemar's test in its exact form.
 
-    ``p``: the chance that, were both equally good, the problems that only one solves fell as unevenly as this or more so (two-sided).
+    ``p``: the chance that, were both equally good, the problems that only one solves fell as unevenly as this or more
+    so (two-sided).
     """
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = sum(bool(a and not b) for a, b in pairs), sum(bool(b and not a) for a, b in pairs)
@@ -34,10 +35,12 @@ CHANCE = 0.05
 
 
 def loss_bound(worse: float, better: float, count: float) -> float:
-    """The most that the second may lose against the first on problems like these, as a share: one-sided 95 percent bound of paired answers.
+    """The most that the second may lose against the first on problems like these, as a share: one-sided 95 percent
+    bound of paired answers.
 
-    ``worse``: problems that only the first solves, ``better``: only the second, of ``count``. Tango's score bound (1998, Statistics in Medicine 17);
-    where no pair differs the exact one, ``1 - 0.05 ** (1 / count)``: the loss that would stay unseen with a chance of 5 percent.
+    ``worse``: problems that only the first solves, ``better``: only the second, of ``count``. Tango's score bound
+    (1998, Statistics in Medicine 17); where no pair differs the exact one, ``1 - 0.05 ** (1 / count)``: the loss that
+    would stay unseen with a chance of 5 percent.
     """
     if count == 0:
         return 1.0
@@ -60,7 +63,8 @@ def _score(worse: float, better: float, count: float, loss: float) -> float:
 
 
 def problems_needed(worse: int, better: int, count: int, margin: float) -> int | None:
-    """How many problems would show a loss below ``margin``, were the shares as they are here; None where the loss seen is no smaller than that."""
+    """How many problems would show a loss below ``margin``, were the shares as they are here; None where the loss seen
+    is no smaller than that."""
     if count == 0 or (worse - better) / count >= margin:
         return None
     if worse == better == 0:
