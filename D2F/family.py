@@ -1,0 +1,43 @@
+"""D2F as `shared.family` describes a family."""
+
+from __future__ import annotations
+
+from shared.family import Adapter, Decoder, DecoderSetting, Family, Network, Training
+
+_TRAINED = {"rope_theta": 1e4}
+
+FAMILY = Family(
+    name="D2F",
+    package="d2f",
+    networks={
+        "model": Network(
+            "d2f.modeling_d2f:LLaDAForD2F",
+            "llada",
+            "shared.network.scoring:block_size_one_scores",
+            others=(Network("d2f.modeling_d2f:DreamForD2F", "Dream", "shared.network.scoring:next_token_scores"),),
+        ),
+        "adapter": Adapter("model"),
+    },
+    decoders={
+        "ssd": Decoder("d2f.generation_utils:generate_block_speculative", "d2f.options:Options", "d2f.options:PRESETS"),
+        "d2f": Decoder(
+            "d2f.generation_utils:generate_block_single", "d2f.options:StandardOptions", "d2f.options:PLAIN_PRESETS"
+        ),
+    },
+    baseline=DecoderSetting("d2f", {"block_length": 1, "block_add_threshold": 1.0}),
+    plain=DecoderSetting("d2f"),
+    exact=DecoderSetting("ssd", {"do_verify_policy": "always", "acceptance": "exact", "cache_ver": True}),
+    method="S2D2",
+    shapes={
+        "llada-8b": {
+            "model": {
+                "vocab_size": 126464,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "mask_token_id": 126336,
+            }
+        },
+    },
+)
