@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.family import Adapter, Decoder, DecoderSetting, Family, Network, Training
+from shared.family import Adapter, Decoder, DecoderSetting, Family, Network
 
 _TRAINED = {"rope_theta": 1e4}
 
