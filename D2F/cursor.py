@@ -15,12 +15,9 @@ from torch import Tensor
 
 from d2f.options import StandardOptions
 from shared.decode.canvas import Canvas
-from shared.decode.cursor import Cursor, Finished
+from shared.decode.cursor import Cursor, Finished, whole_blocks
 from shared.policy.draft import Choice, Draft
 from shared.trace import How, Pass
-
-_FIXED = 4  # columns of what `Pipeline.record` returns besides the masks left in each block
-
 
 @dataclass
 class Text:
@@ -53,12 +50,9 @@ class Pipeline(Cursor):
         )
         self.texts: dict[int, Text] = {}  # by row
         device = canvas.tokens.device
-        self._host = torch.zeros(
-            len(canvas.tokens), 2 + -(-canvas.max_new_tokens // self.block_length), dtype=torch.long
-        )
-        if device.type == "cuda":
-            self._host = self._host.pin_memory()
-        self.plan = self._host.to(device, copy=True)
+        columns = 2 + whole_blocks(canvas.max_new_tokens, self.block_length) // self.block_length
+        self._host = [[0] * columns for _ in canvas.tokens]  # what goes to the device, once a step
+        self.plan = torch.tensor(self._host, device=device)
         self._stops = torch.tensor(canvas.stop_ids, dtype=torch.long, device=device)
 
     # Host: which blocks there are.
@@ -104,8 +98,8 @@ class Pipeline(Cursor):
             for block in range(len(text.left)):
                 text.goes_on[block] |= self.decided(i, block - 1) >= self.pipeline.decoded_token_threshold
             flags = text.goes_on[text.finished :]
-            self._host[i, : 2 + len(flags)] = torch.tensor([self.first(i), self.last(i), *flags])
-        self.plan.copy_(self._host, non_blocking=True)
+            self._host[i][: 2 + len(flags)] = [self.first(i), self.last(i), *map(int, flags)]
+        self.plan.copy_(torch.tensor(self._host), non_blocking=True)
 
     def empty(self, rows: Sequence[int]) -> list[int]:
         """The rows that have nothing to decode from the beginning."""

@@ -225,7 +225,7 @@ def pass_mask(run: Run, index: Tensor, positions: Tensor, ids: Tensor) -> Tensor
     cursor, cache = run.cursor, run.cache_options
     block = cursor.block_of(index, positions, cursor.block_length)
     if run.options.pipeline.attention == "full":
-        return (positions < cursor.plan[index, 1:2])[:, None] | (positions >= cursor.plan[index, 1:2])[:, :, None]
+        return seen_within(positions, cursor.plan[index, 1:2])
     mask = sees(block)
     if cache.causal_cache or cache.causal_drafts:
         in_flight = positions >= cursor.plan[index, :1]
@@ -238,6 +238,11 @@ def pass_mask(run: Run, index: Tensor, positions: Tensor, ids: Tensor) -> Tensor
 def sees(block: Tensor) -> Tensor:
     """``[b, T, T]`` of the blocks ``[b, T]`` that tokens are in: their own and all before."""
     return block[:, None] <= block[:, :, None]
+
+
+def seen_within(positions: Tensor, end: Tensor) -> Tensor:
+    """``[b, T, T]``: all see the ``positions [b, T]`` before ``end [b, 1]``; padding sees itself too."""
+    return (positions < end)[:, None] | (positions >= end)[:, :, None]
 
 
 def after_last(run: Run, index: Tensor, logits: Tensor, first: Tensor) -> Tensor:
@@ -342,9 +347,7 @@ def verify_inputs(run: Run, draft: Draft, index: Tensor | None, where: Where, to
 def draft_mask(run: Run, index: Tensor, positions: Tensor) -> Tensor:
     """``[v, T, T]``: how drafted tokens see each other in a verify."""
     if run.options.pipeline.attention == "full":
-        return (positions < run.cursor.plan[index, 1:2])[:, None] | (positions >= run.cursor.plan[index, 1:2])[
-            :, :, None
-        ]
+        return seen_within(positions, run.cursor.plan[index, 1:2])
     if run.target_block == 1:
         return masks.token_causal(positions.shape[1], index.device)
     return sees(run.cursor.block_of(index, positions, run.target_block))
@@ -356,9 +359,9 @@ def block_verify(run: Run, index: Tensor, positions: Tensor) -> Tensor:
     The two agree where ``block_length`` is a multiple of b; otherwise this is what is published."""
     size, block = run.target_block, run.cursor.block_of(index, positions, run.target_block)
     column = torch.arange(positions.shape[1], device=index.device)
-    inside = positions + size < run.cursor.plan[index, 1:2]
-    earlier = (block[:, None] < block[:, :, None]) & inside[:, None]
-    own = (column // size == (column // size)[:, None]).expand_as(earlier)
+    end = run.cursor.plan[index, 1:2]
+    earlier = (block[:, None] < block[:, :, None]) & (positions + size < end)[:, None]
+    own = (column // size == (column // size)[:, None]) & seen_within(positions, end)
     top = torch.cat([sees(block), torch.zeros_like(earlier)], 2)
     return torch.cat([top, torch.cat([earlier, own], 2)], 1)
 

@@ -58,6 +58,8 @@ class Reference(reference.Reference):
             pass
         decided = self.x[self.prompt :]
         decided = decided[: decided.index(self.blocks.mask_id)] if self.blocks.mask_id in decided else decided
+        # What a text that ended early had in flight behind its first mask is nobody's.
+        self.out.order = [[p for p in step if p < self.prompt + len(decided)] for step in self.out.order]
         stop = next((k for k, t in enumerate(decided) if t in self.stops), len(decided))
         self.out.tokens = decided[: stop + (not self.blocks.trim_stop_tokens)]
         return self.out

@@ -95,10 +95,15 @@ class DecoderSetting:
 @dataclass(frozen=True, slots=True)
 class Timed:
     """What the benchmark times of a network: ``forwards(block_length, device)`` are the `shared.network.timed.Forward` worth timing, ``kinds(block_length)``
-    the `shared.gpu.graphs.Shape` that its decoders have captured."""
+    the `shared.gpu.graphs.Shape` that its decoders have captured. ``others``: of networks that may stand in its place, by ``model_type``."""
 
     forwards: str
     kinds: str
+    others: Mapping[str, Timed] = field(default_factory=dict)
+
+    def of(self, model: Any) -> Timed:
+        """What is timed of this network."""
+        return self.others.get(model.config.model_type, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,8 @@ class Family:
     """A family: ``networks`` by role, the first of which is the model that its texts are judged by; ``decoders`` by name, the first of which is the default.
 
     ``baseline`` is what the others are compared with, ``plain`` decodes without verifying (None: it has no such decoder), ``exact`` makes speculation lossless,
-    and ``method`` is what its speculation is called. ``shapes`` are released checkpoints: configurations by role. ``timed`` and ``trains`` go by role.
+    and ``method`` is what its speculation is called. ``shapes`` are released checkpoints: configurations by role, with a ``model_type`` where that is not the
+    first one's. ``timed`` and ``trains`` go by role.
     ``shipped``: checkpoints by name, each a folder inside ``package`` (or a checkpoint's name) for every role. ``block_length`` is the benchmark's.
     """
 
