@@ -74,7 +74,16 @@ def check_out(folder: Path, overwrite: bool) -> None:
     check_writable(folder)
     written = next((name for name in _WRITTEN if (folder / name).exists()), None)
     if written and not overwrite:
-        raise UserError(f"out {str(folder)!r} has a {written}. Allowed: a new folder, or --overwrite")
+        article = "an" if written.startswith("a") else "a"
+        raise UserError(f"out {str(folder)!r} has {article} {written}. Allowed: a new folder, or --overwrite")
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise `UserError` if an adapter lies in the folder of a network that is to be trained: it is of another."""
+    for found in folder.glob("*/adapter_config.json"):
+        raise UserError(
+            f"out {str(folder)!r} holds an adapter, {found.parent.name}. Allowed: a new folder, or none there"
+        )
 
 
 def add_family(commands, name: str, family: Family) -> None:
@@ -164,6 +173,7 @@ def run_family(args: argparse.Namespace) -> dict:
     for flag in ("base", "dtype"):
         if getattr(args, flag, None):
             refuse(flag, "the role of an adapter")
+    check_no_adapter(args.out)
     training = family.trains[args.role]
     if getattr(args, "backend", None):
         network = network.choices[backends_of(family)[args.backend]]

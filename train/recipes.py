@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +69,16 @@ class Recipe:
             raise UserError(f"workers {self.workers} is negative. Allowed: 0 or more")
 
 
-def configuration(training: Training, size: str, tokenizer: PreTrainedTokenizerFast) -> dict:
-    """What a network's configuration is made with: the tokenizer's ids, the size, and what the family says."""
+def size_named(training: Training, name: str) -> Mapping:
+    """The configuration of that size."""
     sizes = training.sizes or SIZES
-    if size not in sizes:
-        raise unknown_name("size", size, sizes)
+    if name not in sizes:
+        raise unknown_name("size", name, sizes)
+    return sizes[name]
+
+
+def configuration(training: Training, size: Mapping, tokenizer: PreTrainedTokenizerFast) -> dict:
+    """What a network's configuration is made with: the tokenizer's ids, the size, and what the family says."""
     common = {
         "vocab_size": len(tokenizer),
         "head_dim": HEAD_DIM,
@@ -81,7 +87,7 @@ def configuration(training: Training, size: str, tokenizer: PreTrainedTokenizerF
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return {**common, **sizes[size], **training.config}
+    return {**common, **size, **training.config}
 
 
 def initialise(model: CheckpointModel, seed: int) -> CheckpointModel:
@@ -132,8 +138,9 @@ def train(
     training: Training, network: Network, recipe: Recipe, options: object, folder: Path, device: torch.device
 ) -> Outcome:
     """Train a network from scratch and write it to ``folder``. ``options`` are of the class that ``training`` names (None: it names none)."""
+    size = size_named(training, recipe.size)
     kind, tokenizer = network.model_class, build_tokenizer()
-    config = kind.config_class(**configuration(training, recipe.size, tokenizer), architectures=[kind.__name__])
+    config = kind.config_class(**configuration(training, size, tokenizer), architectures=[kind.__name__])
     model = initialise(kind(config), recipe.seed).to(device)
     outcome = run(model, training, options, tokenizer, tokenizer.mask_token_id, recipe)
     save(model, tokenizer, folder)
