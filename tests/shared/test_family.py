@@ -37,13 +37,20 @@ def test_what_a_family_names_is_there(name):
     for timed in family.timed.values():
         assert callable(imported(timed.forwards))
         assert imported(timed.kinds)(family.block_length)
+    for training in family.trains.values():
+        assert callable(imported(training.objective))
+    assert set(family.timed) | set(family.trains) <= set(family.networks)
+    assert all(set(roles) <= set(family.networks) for roles in [*family.shapes.values(), *family.shipped.values()])
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_what_a_family_trains_is_there(name):
+    family = FAMILIES[name]
     for role, training in family.trains.items():
         assert set(training.others) <= set(getattr(family.networks[role], "choices", ()))
         for each in (training, *training.others.values()):
             assert callable(imported(each.objective))
             assert each.options is None or each.options_class()
-    assert set(family.timed) | set(family.trains) <= set(family.networks)
-    assert all(set(roles) <= set(family.networks) for roles in [*family.shapes.values(), *family.shipped.values()])
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
