@@ -64,7 +64,8 @@ class Run(shared_run.Run):
 
     @property
     def whole_verify(self) -> bool:
-        return isinstance(self.options, Options) and (self.target_block > 1 or super().whole_verify)
+        beyond = self.target_block > 1 or self.options.pipeline.attention == "full"  # tokens see what comes after the span
+        return isinstance(self.options, Options) and (beyond or super().whole_verify)
 
     def plain_forward(self, rows: list[int]) -> Tensor:
         """One pass over the blocks in flight of ``rows`` through the network as it is, from which numbers that broke can be traced."""
@@ -146,8 +147,10 @@ def pass_kinds(length: int, causal_verifier: bool, verifies: bool = True) -> lis
     """Passes over 1, 2, ... blocks, and verifies of as many with mask queries behind them, or without where the verifier predicts the next token."""
     sizes = [length * n for n in range(1, CAPTURED + 1)]
     kinds = [Shape(1, size, picks=size, lasting=True) for size in sizes]
-    if verifies and not causal_verifier:
-        kinds += [Shape(1, size + q, picks=q) for size in sizes for q in {length, size}]
+    if verifies:
+        behind = (lambda q: 0) if causal_verifier else (lambda q: q)
+        more = int(causal_verifier)  # see `verify_inputs`
+        kinds += [Shape(1, size + behind(q), picks=q + more) for size in sizes for q in {length, size}]
     return kinds
 
 
@@ -328,7 +331,8 @@ def verify_inputs(run: Run, draft: Draft, index: Tensor | None, where: Where, to
     if run.lane.model.predicts_next:
         ids, positions = asked.ids[:, :tokens], asked.positions[:, :tokens]
         mask = draft_mask(run, where.rows, positions)
-        at = (asked.queries - 1).clamp(0, tokens - 1)
+        # One more, which makes it another graph than a draft's, whose logits have to outlast it.
+        at = F.pad(asked.queries - 1, (0, 1)).clamp(0, tokens - 1)
         return asked.queries, run.stage(Inputs(ids, within(run, positions), mask, logits_at=at), where)
     mask = asked.mask if run.target_block == 1 else block_verify(run, where.rows, asked.positions[:, :tokens])
     inputs = Inputs(asked.ids, within(run, asked.positions), mask, logits_at=asked.wanted)
@@ -361,7 +365,7 @@ def block_verify(run: Run, index: Tensor, positions: Tensor) -> Tensor:
 
 def decided(run: Run, draft: InFlight, verified: Verified | None) -> Tensor:
     """What the step writes. Returns what `finish_step` reads."""
-    if not isinstance(run.options, Options):
+    if run.policy.constant is False:
         choice, sent, finite = take_confident(run, draft), None, None
     else:
         choice, sent, finite = decide_verified(run, draft, verified, span_outcome)
@@ -393,7 +397,8 @@ def span_outcome(run: Run, draft: InFlight, verified: Verified) -> Outcome:
     """What a verify decides for a draft all of whose rows were verified; in place of the reach, the tokens of the span."""
     options, rule = run.options, run.job.call.accept_rule
     first = verified.queries[:, 0] == 0 if run.lane.model.predicts_next else None
-    logits = run.suppress_mask(after_last(run, draft.rows, verified.logits, first))
+    logits = after_last(run, draft.rows, verified.logits[:, : verified.queries.shape[1]], first)
+    logits = run.suppress_mask(logits)
     verdict = rule(draft, logits, verified.queries, options.acceptance, options.sampling, run.canvas.uniforms)
     choice = verified_choice(draft, verdict, options.acceptance, keep_rejected=False)
     if options.acceptance.least_run and verdict.passed is not None:

@@ -5,6 +5,8 @@ Row ``t`` of the logits predicts the token at ``t``. D2F decodes with it; masked
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from shared.network.configuration import DecoderConfig
@@ -20,7 +22,7 @@ class LLaDAConfig(DecoderConfig):
 
     model_type = "llada"
     family = "LLaDA"
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "intermediate_size": "mlp_hidden_size",
         "num_hidden_layers": "n_layers",
@@ -94,7 +96,7 @@ class LLaDAModelLM(DecoderModel):
     predicts_next = False  # does row t of the logits predict the token at t + 1?
     config_class = LLaDAConfig
     family_mask, family_stop = 126336, (126081,)
-    checkpoint_keys = {
+    checkpoint_keys: ClassVar[dict[str, str]] = {
         "model.embed_tokens": "model.transformer.wte",
         "model.norm": "model.transformer.ln_f",
         "lm_head": "model.transformer.ff_out",

@@ -9,8 +9,9 @@ import json
 
 import pytest
 
+from d2f import reference
 from d2f.generation_utils import generate_block_single, generate_block_speculative
-from d2f.options import PLAIN_PUBLISHED, PUBLISHED
+from d2f.options import PLAIN_PUBLISHED, PUBLISHED, Options, StandardOptions
 from d2f.stats import forward_stats
 from tests.d2f.test_modeling_d2f import NAMES, model_of
 from tests.family_checks import golden_folder
@@ -54,3 +55,14 @@ def test_golden_decode(name, case):
     assert drafts == [(tokens, cached) for kind, tokens, cached, _ in case["forward_trace"] if kind == "draft"]
     assert text.trace.forwards.get("verify", 0) == sum(kind == "verify" for kind, *_ in case["forward_trace"])
     assert text.uniforms_used == len(uniforms[0])
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_golden_decode_by_the_definition(name, case):
+    options = (StandardOptions if case["decoder"] == "d2f" else Options).from_flat(options_of(case))
+    uniforms = iter(case.get("uniforms", []))
+    out = reference.generate(model_of(name, bool(case.get("adapter"))), case["prompt_ids"], options, uniforms)
+    assert out.tokens == case["output_ids"]
+    assert out.order == [[int(abs(p)) for p in step] for step in case["stats"]["decoding_order"]]
+    assert sum(out.forwards.values()) == case["stats"]["total_forwards"]
+    assert next(uniforms, None) is None, "every recorded number is used"
