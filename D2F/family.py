@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from shared.family import Adapter, Decoder, DecoderSetting, Family, Network
+from dataclasses import replace
 
-_TRAINED = {"rope_theta": 1e4}
+from shared.family import Adapter, Decoder, DecoderSetting, Family, Network, Training
+
+
+def _size(hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+_BASE = Training(
+    "train.masked_diffusion:objective",
+    "masked diffusion",
+    config={"rope_theta": 1e4},
+    sizes={"smoke": _size(64, 64, 2, 2, 2), "tiny": _size(128, 336, 5, 4, 4)},
+    options="train.masked_diffusion:Options",
+    from_prompt=True,
+)
+_DREAM = replace(_BASE, sizes={"smoke": _size(64, 64, 2, 2, 1), "tiny": _size(128, 368, 5, 4, 2)})
 
 FAMILY = Family(
     name="D2F",
@@ -28,6 +49,15 @@ FAMILY = Family(
     plain=DecoderSetting("d2f"),
     exact=DecoderSetting("ssd", {"do_verify_policy": "always", "acceptance": "exact", "cache_ver": True}),
     method="S2D2",
+    trains={
+        "model": replace(_BASE, others={"Dream": _DREAM}),
+        "adapter": Training(
+            "train.distillation:objective",
+            "asymmetric distillation of it into an adapter",
+            options="train.distillation:Options",
+            from_prompt=True,
+        ),
+    },
     shapes={
         "llada-8b": {
             "model": {

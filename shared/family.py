@@ -110,13 +110,26 @@ class Timed:
 class Training:
     """What `train` makes: a network of ``config``, by ``objective(model, mask_id, seed)``, which returns a `train.loop.Objective`; ``about`` names it.
 
-    ``sizes``: configuration by the name of a size, where the family's differ from those of `train.recipes`.
+    ``sizes``: configuration by the name of a size, where the family's differ from those of `train.recipes`. ``others``: what differs for a network of
+    `Network.others`, by its ``model_type``. ``options``: a `shared.options.FlatOptions` whose fields are flags; an object of it is then the fourth
+    argument of the objective. ``from_prompt``: are blocks counted from the end of the prompt?
     """
 
     objective: str
     about: str
     config: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] | None = None
+    others: Mapping[str, Training] = field(default_factory=dict)
+    options: str | None = None
+    from_prompt: bool = False
+
+    def of_type(self, model_type: str) -> Training:
+        """That of the network with this ``model_type``."""
+        return self.others.get(model_type, self)
+
+    @property
+    def options_class(self) -> type | None:
+        return None if self.options is None else imported(self.options)
 
 
 @dataclass(frozen=True, slots=True)

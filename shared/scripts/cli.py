@@ -93,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.Field, spellings: Sequence[str]) -> None:
+def add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.Field, spellings: Sequence[str]) -> None:
     """One field as a flag. Values stay strings here: `shared.options.coerce` is the only place that reads them."""
     options = list(get_args(kind)) if type(None) in get_args(kind) else [kind]
     literal = next((k for k in options if get_origin(k) is Literal), None)
@@ -143,7 +143,7 @@ def build_parser(options: type[FlatOptions], description: str, presets: Sequence
         section, hints = parser.add_argument_group(title), get_type_hints(group)
         for f in dataclasses.fields(group):
             spellings = {**ALIASES, **SCRIPT_ALIASES}.get(f.name, (f.name,))
-            _add_flag(section, parser, f.name, hints[f.name], f, spellings)
+            add_flag(section, parser, f.name, hints[f.name], f, spellings)
             if f.name == "preset" and presets:
                 parser._option_string_actions["--preset"].help += f" {{{', '.join(presets)}}}"
             for negation, name in NEGATIONS.items():

@@ -44,6 +44,16 @@ def test_what_a_family_names_is_there(name):
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
+def test_what_a_family_trains_is_there(name):
+    family = FAMILIES[name]
+    for role, training in family.trains.items():
+        assert set(training.others) <= set(getattr(family.networks[role], "choices", ()))
+        for each in (training, *training.others.values()):
+            assert callable(imported(each.objective))
+            assert each.options is None or each.options_class()
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_decoders_and_settings_fit_together(name):
     family = FAMILIES[name]
     for decoder in family.decoders.values():
