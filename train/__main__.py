@@ -96,6 +96,7 @@ def add_family(commands, name: str, family: Family) -> None:
     command.add_argument("--seconds", type=float, help="stop after this much training")
     command.add_argument("--steps", type=int, help="stop after this many steps")
     command.add_argument("--size", help=f"{', '.join(sizes_of(family))} (default: tiny, the shipped one)")
+    command.add_argument("--start", help="go on from the weights of this checkpoint (default: from random ones)")
     command.add_argument("--batch_tokens", type=int, default=24_576, help="padded tokens a step")
     command.add_argument(
         "--workers", type=int, default=0, help="processes that generate problems (0: none beside this)"
@@ -158,12 +159,12 @@ def run_family(args: argparse.Namespace) -> dict:
     from train.recipes import Recipe, train, train_adapter
 
     family, device = FAMILIES[args.command], resolve_device(args.device)
-    fields = ("seconds", "steps", "batch_tokens", "seed", "workers", "compile")
+    fields = ("seconds", "steps", "batch_tokens", "seed", "workers", "compile", "start")
     recipe = Recipe(**{name: getattr(args, name) for name in fields}, size=args.size or "tiny")
     options, about = options_of(family, args), {"family": args.command, "role": args.role, "out": str(args.out)}
     network = family.networks[args.role]
     if isinstance(network, Adapter):
-        for flag in ("size", "backend"):
+        for flag in ("size", "backend", "start"):
             if getattr(args, flag, None):
                 refuse(flag, f"--role {network.on}; an adapter has those of its base")
         if not args.base:
@@ -173,13 +174,15 @@ def run_family(args: argparse.Namespace) -> dict:
     for flag in ("base", "dtype"):
         if getattr(args, flag, None):
             refuse(flag, "the role of an adapter")
+    if args.start and args.size:
+        refuse("size", "no --start, which has a size already")
     check_no_adapter(args.out)
     training = family.trains[args.role]
     if getattr(args, "backend", None):
         network = network.choices[backends_of(family)[args.backend]]
         about["backend"] = args.backend
     outcome = train(training.of_type(network.model_type), network, recipe, options, args.out, device)
-    return {**about, "size": recipe.size, "seed": args.seed, **outcome.as_dict()}
+    return {**about, "start": args.start, "size": None if args.start else recipe.size, "seed": args.seed, **outcome.as_dict()}
 
 
 def run_tokenizer(args: argparse.Namespace) -> dict:

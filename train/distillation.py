@@ -19,7 +19,7 @@ from train import answer_masks
 from train.answer_masks import answers, block_of
 from train.data import Batch
 from train.lora import Lora, adapter_off
-from train.masked_diffusion import positions, predicting, token_losses
+from train.masked_diffusion import positions, predicting, token_losses, verifier_logits
 
 BLOCK_WEIGHTS = {1: 0.3, 8: 0.2, 16: 0.3, 32: 0.2}
 LEAST, MOST = 0.2, 0.7  # of the published noise
@@ -126,14 +126,3 @@ class Distillation:
         logits = verifier_logits(model, batch, seen, self.mask_id)
         losses = token_losses(logits, batch.tokens, model.predicts_next)
         return (losses * predicting(learned, model.predicts_next)).sum() / learned.sum()
-
-
-def verifier_logits(model: nn.Module, batch: Batch, seen: Tensor, mask_id: int) -> Tensor:
-    """``[B, T, V]`` at block size one over clean tokens that see ``seen [B, T, T]``: the rows of the clean tokens where they predict the next one, else of
-    masks that stand where the answer does."""
-    tokens, length = batch.tokens, batch.tokens.shape[1]
-    if model.predicts_next:
-        return model(tokens, positions(tokens), None, seen)
-    layout = torch.cat([tokens.masked_fill(batch.trained, mask_id), tokens], 1)
-    local = answer_masks.verify(seen, answers(batch.trained)[0])
-    return model(layout, positions(tokens).repeat(1, 2), None, local, logits_at=slice(0, length))

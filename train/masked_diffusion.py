@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.options import FlatOptions, Group, option
-from train.answer_masks import answers, block_causal, both_ways
+from shared.errors import UserError
+from shared.options import FlatOptions, Group, check, option
+from train.answer_masks import answers, block_causal, both_ways, verify
 from train.data import Batch
 
 EPS = 1e-3
@@ -27,6 +28,16 @@ class Attention(Group):
     block_causal_share: float = option(
         0.0, "share of batches whose answers attend block-causally, in blocks of 8, 16 or 32", low=0.0, high=1.0
     )
+    token_causal_share: float = option(
+        0.0, "share of batches that learn each token from those before it, as the verifier sees them", low=0.0, high=1.0
+    )
+
+    def __post_init__(self):
+        check(self)
+        if self.block_causal_share + self.token_causal_share > 1:
+            raise UserError(
+                f"token_causal_share is {self.token_causal_share}. Allowed: what block_causal_share ({self.block_causal_share}) leaves"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +75,21 @@ def token_losses(logits: Tensor, tokens: Tensor, predicts_next: bool) -> Tensor:
 
 def objective(model: nn.Module, mask_id: int, seed: int, options: Options) -> MaskedDiffusion:
     """For `shared.family.Training`."""
-    return MaskedDiffusion(mask_id, seed, model.device, options.attention.block_causal_share)
+    return MaskedDiffusion(mask_id, seed, model.device, options.attention)
 
 
 class MaskedDiffusion:
-    """The loss of one batch. In ``block_causal_share`` of the batches the answers attend as D2F's students do."""
+    """The loss of one batch. In some of the batches the answers attend as D2F's drafts or its verifier do."""
 
-    def __init__(self, mask_id: int, seed: int, device: torch.device, block_causal_share: float = 0.0):
-        self.mask_id, self.block_causal_share = mask_id, block_causal_share
+    def __init__(self, mask_id: int, seed: int, device: torch.device, attention: Attention | None = None):
+        self.mask_id, self.attention = mask_id, attention or Attention()
         self.random = Random(seed)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy over ``p`` of the masked tokens, divided by the length of the answer, averaged over rows."""
+        if self.random.random() < self.attention.token_causal_share:
+            return self.token_causal_loss(model, batch)
         noisy, masked, ratio = add_noise(batch, self.mask_id, self.generator)
         logits = model(noisy, positions(noisy), None, self.draw_mask(batch))
         weight = masked / (ratio * batch.trained.sum(1))[:, None]
@@ -86,6 +99,23 @@ class MaskedDiffusion:
     def draw_mask(self, batch: Batch) -> Tensor:
         """``[B, T, T]``: both ways, or block-causal."""
         (first, stop), length = answers(batch.trained), batch.tokens.shape[1]
-        if self.random.random() < self.block_causal_share:
+        if self.random.random() < self.attention.block_causal_share / (1 - self.attention.token_causal_share):
             return block_causal(first, length, self.random.choice(BLOCK_LENGTHS))
         return both_ways(stop, length)
+
+    def token_causal_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the tokens of the answers, each from those before it."""
+        seen = block_causal(answers(batch.trained)[0], batch.tokens.shape[1], 1)
+        losses = token_losses(verifier_logits(model, batch, seen, self.mask_id), batch.tokens, model.predicts_next)
+        return (losses * predicting(batch.trained, model.predicts_next)).sum() / batch.trained.sum()
+
+
+def verifier_logits(model: nn.Module, batch: Batch, seen: Tensor, mask_id: int) -> Tensor:
+    """``[B, T, V]`` at block size one over clean tokens that see ``seen [B, T, T]``: the rows of the clean tokens where they predict the next one, else of
+    masks that stand where the answer does."""
+    tokens, length = batch.tokens, batch.tokens.shape[1]
+    if model.predicts_next:
+        return model(tokens, positions(tokens), None, seen)
+    layout = torch.cat([tokens.masked_fill(batch.trained, mask_id), tokens], 1)
+    local = verify(seen, answers(batch.trained)[0])
+    return model(layout, positions(tokens).repeat(1, 2), None, local, logits_at=slice(0, length))

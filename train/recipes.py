@@ -48,7 +48,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The choices of one run. ``seconds`` and ``steps``: whichever is reached first ends it."""
+    """The choices of one run. ``seconds`` and ``steps``: whichever is reached first ends it. ``start``: a checkpoint to go on from, whose size it then is."""
 
     seconds: float | None = None
     steps: int | None = None
@@ -57,6 +57,7 @@ class Recipe:
     seed: int = 0
     workers: int = 0
     compile: bool = False
+    start: str | None = None
 
     def __post_init__(self):
         if self.seconds is None and self.steps is None:
@@ -137,11 +138,15 @@ def run(
 def train(
     training: Training, network: Network, recipe: Recipe, options: object, folder: Path, device: torch.device
 ) -> Outcome:
-    """Train a network from scratch and write it to ``folder``. ``options`` are of the class that ``training`` names (None: it names none)."""
+    """Train a network, from scratch or from ``recipe.start``, and write it to ``folder``. ``options`` are of the class that ``training`` names (None: it
+    names none)."""
     size = size_named(training, recipe.size)
     kind, tokenizer = network.model_class, build_tokenizer()
-    config = kind.config_class(**configuration(training, size, tokenizer), architectures=[kind.__name__])
-    model = initialise(kind(config), recipe.seed).to(device)
+    if recipe.start is None:
+        config = kind.config_class(**configuration(training, size, tokenizer), architectures=[kind.__name__])
+        model = initialise(kind(config), recipe.seed).to(device)
+    else:
+        model = kind.from_pretrained(recipe.start, dtype=torch.float32, device=device).requires_grad_(True)
     outcome = run(model, training, options, tokenizer, tokenizer.mask_token_id, recipe)
     save(model, tokenizer, folder)
     return outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shared.network.scoring import whole_prompt_scores
 from tests.train.d2f_models import LENGTH, MASK, NAMES, batch, network
 from train import answer_masks
 from train.data import Batch
@@ -51,3 +52,17 @@ def test_share_of_block_causal_batches():
     found = [[torch.equal(mask, b) for b in blocks] for mask in drawn]
     assert all(sum(row) == 1 for row in found)
     assert all(any(column) for column in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_causal_batches_learn_each_token_from_those_before_it(name):
+    model, given = network(name), batch()
+    always = objective(model, MASK, 0, Options.from_flat({"token_causal_share": 1.0}))
+    said = []
+    for row in range(3):
+        ids = given.tokens[row].tolist()
+        first = int(given.trained[row].nonzero().min())
+        stop = int(given.trained[row].nonzero().max()) + 1
+        ((scores, _),) = whole_prompt_scores(model, [(ids[:first], ids[first:stop])], MASK)
+        said += scores.tolist()
+    assert always(model, given).item() == pytest.approx(-sum(said) / len(said), rel=0.05)
