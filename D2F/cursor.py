@@ -19,6 +19,7 @@ from shared.decode.cursor import Cursor, Finished, whole_blocks
 from shared.policy.draft import Choice, Draft
 from shared.trace import How, Pass
 
+
 @dataclass
 class Text:
     """What the host knows of a row's blocks, numbered from 0. ``left``: masks in each block that was added; ``goes_on``: must each gain a token in every

@@ -64,7 +64,9 @@ class Run(shared_run.Run):
 
     @property
     def whole_verify(self) -> bool:
-        beyond = self.target_block > 1 or self.options.pipeline.attention == "full"  # tokens see what comes after the span
+        beyond = (
+            self.target_block > 1 or self.options.pipeline.attention == "full"
+        )  # tokens see what comes after the span
         return isinstance(self.options, Options) and (beyond or super().whole_verify)
 
     def plain_forward(self, rows: list[int]) -> Tensor:

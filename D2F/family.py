@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shared.family import Adapter, Decoder, DecoderSetting, Family, Network, Training
+from shared.family import Adapter, Decoder, DecoderSetting, Family, Network, Timed, Training
 
 
 def _size(hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int) -> dict:
@@ -34,8 +34,8 @@ FAMILY = Family(
         "model": Network(
             "d2f.modeling_d2f:LLaDAForD2F",
             "llada",
-            "shared.network.scoring:block_size_one_scores",
-            others=(Network("d2f.modeling_d2f:DreamForD2F", "Dream", "shared.network.scoring:next_token_scores"),),
+            "shared.network.scoring:whole_prompt_scores",
+            others=(Network("d2f.modeling_d2f:DreamForD2F", "Dream", "shared.network.scoring:whole_prompt_scores"),),
         ),
         "adapter": Adapter("model"),
     },
@@ -61,7 +61,6 @@ FAMILY = Family(
     shapes={
         "llada-8b": {
             "model": {
-                "vocab_size": 126464,
                 "hidden_size": 4096,
                 "intermediate_size": 12288,
                 "num_hidden_layers": 32,
@@ -69,5 +68,28 @@ FAMILY = Family(
                 "mask_token_id": 126336,
             }
         },
+        "dream-7b": {
+            "model": {
+                "model_type": "Dream",
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "mask_token_id": 151666,
+            }
+        },
+    },
+    timed={
+        "model": Timed(
+            "d2f.timed:two_copy_passes",
+            "d2f.timed:two_copy_kinds",
+            others={"Dream": Timed("d2f.timed:causal_passes", "d2f.timed:causal_kinds")},
+        )
+    },
+    shipped={
+        "llada": {"model": "tiny/llada", "adapter": "tiny/llada/adapter"},
+        "dream": {"model": "tiny/dream", "adapter": "tiny/dream/adapter"},
     },
 )

@@ -14,9 +14,15 @@ from shared.network.llada import LLaDAModelLM
 class LLaDAForD2F(Adaptable, LLaDAModelLM):
     """``LLaDAForD2F.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", adapter="SJTU-Deng-Lab/D2F_LLaDA_Instruct_8B_Lora")``"""
 
+    architecture = "LLaDAModelLM"  # in config.json
+    divides = False
+
 
 class DreamForD2F(Adaptable, DreamModel):
     """``DreamForD2F.from_pretrained("Dream-org/Dream-v0-Base-7B", adapter="SJTU-Deng-Lab/D2F_Dream_Base_7B_Lora")``"""
+
+    architecture = "DreamModel"
+    divides = False
 
 
 BACKENDS = {"llada": LLaDAForD2F, "dream": DreamForD2F}

@@ -222,10 +222,18 @@ PRESETS = {
     **_PAPER_PRESETS,
 }
 
-DEFAULT_PROMPT = (
-    "Nora has 12 hens. Each hen lays 2 eggs a day for 5 days. She sells the eggs in boxes of 6. How many boxes does she fill? "
-    "Reason step by step and put the final answer in \\boxed{}."
-)
+# Problems that --prompt names in angle brackets.
+PROMPTS = {
+    "<dog>": (
+        "Olivia has 10 dogs. Each of them needs half an hour of walking and play a day. "
+        "How many hours does she spend on her dogs in a week?"
+    ),
+    "<lily>": "Lily runs 12 km an hour for 4 hours, then 6 km an hour. How far has she come after 8 hours?",
+    "<quantum>": "Explain in plain words what a quantum computer does differently.",
+    "<count>": "Count from 1000 down to 1.",
+    "<code>": "Write a Python function that returns the n largest numbers of a list, the largest first.",
+}
+DEFAULT_PROMPT = PROMPTS["<dog>"]
 
 
 def plain(options: Options) -> StandardOptions:

@@ -182,7 +182,13 @@ def run_family(args: argparse.Namespace) -> dict:
         network = network.choices[backends_of(family)[args.backend]]
         about["backend"] = args.backend
     outcome = train(training.of_type(network.model_type), network, recipe, options, args.out, device)
-    return {**about, "start": args.start, "size": None if args.start else recipe.size, "seed": args.seed, **outcome.as_dict()}
+    return {
+        **about,
+        "start": args.start,
+        "size": None if args.start else recipe.size,
+        "seed": args.seed,
+        **outcome.as_dict(),
+    }
 
 
 def run_tokenizer(args: argparse.Namespace) -> dict:

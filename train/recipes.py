@@ -143,7 +143,9 @@ def train(
     size = size_named(training, recipe.size)
     kind, tokenizer = network.model_class, build_tokenizer()
     if recipe.start is None:
-        config = kind.config_class(**configuration(training, size, tokenizer), architectures=[kind.__name__])
+        config = kind.config_class(
+            **configuration(training, size, tokenizer), architectures=[getattr(kind, "architecture", kind.__name__)]
+        )
         model = initialise(kind(config), recipe.seed).to(device)
     else:
         model = kind.from_pretrained(recipe.start, dtype=torch.float32, device=device).requires_grad_(True)

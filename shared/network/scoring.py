@@ -14,7 +14,6 @@ from torch import Tensor
 
 from shared.network import masks
 
-
 Texts = Sequence[tuple[list[int], list[int]]]
 
 
@@ -43,9 +42,7 @@ def block_size_one_scores(
 
 
 @torch.inference_mode()
-def next_token_scores(
-    model, texts: Texts, mask_id: int, *, whole_context: bool = False
-) -> list[tuple[Tensor, Tensor]]:
+def next_token_scores(model, texts: Texts, mask_id: int, *, whole_context: bool = False) -> list[tuple[Tensor, Tensor]]:
     """The same for a network whose row ``t`` predicts the token at ``t + 1``. No context may be empty: nothing predicts the first token."""
     ids = [context + continuation for context, continuation in texts]
     tokens, count = max(map(len, ids)), max(len(c) for _, c in texts)
