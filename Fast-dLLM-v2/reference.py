@@ -7,7 +7,6 @@ each still seeing what it saw then. Slow on purpose. Forwards are counted as the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,19 +16,10 @@ from fast_dllm_v2.modeling_fast import Fast_dLLM_QwenForCausalLM
 from fast_dllm_v2.options import Cache, StandardOptions
 from shared.decode import reference
 from shared.decode.cursor import whole_blocks
-from shared.decode.reference import ReferenceText, Step
+from shared.decode.reference import Encoded, ReferenceText, Step, logits_of
 from shared.network.masks import block_causal, token_causal
 from shared.policy.sampling import sample, transform
 from shared.trace import How
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A token that a forward has encoded; ``sees`` are indices into `Reference.encoded`, its own among them."""
-
-    token: int
-    position: int
-    sees: tuple[int, ...]
 
 
 class Reference(reference.Reference):
@@ -151,15 +141,7 @@ class Reference(reference.Reference):
         others = (*range(self.committed), *beside)
         rows = [(*others, *(before + j for j, sees in enumerate(row) if sees)) for row in seen.tolist()]
         self.latest = [Encoded(t, first + i, row) for i, (t, row) in enumerate(zip(ids, rows, strict=True))]
-        return self.logits(self.encoded + self.latest)[before:]
-
-    def logits(self, tokens: list[Encoded]) -> Tensor:
-        """Logits ``[T, V]`` of the network over ``tokens``, each seeing what it says."""
-        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-        for index, token in enumerate(tokens):
-            mask[index, list(token.sees)] = True
-        ids, positions = ([getattr(t, name) for t in tokens] for name in ("token", "position"))
-        return self.suppress_mask(self.model(torch.tensor([ids]), torch.tensor([positions]), None, mask)[0])
+        return self.suppress_mask(logits_of(self.model, self.encoded + self.latest)[before:])
 
     def draft(self) -> Step:
         """Denoise the small block: a token and its confidence at each position."""

@@ -322,7 +322,7 @@ def load(args, family: Family) -> dict[str, CheckpointModel]:
 
 def measure_forwards(model, family: Family, role: str, machine: Machine, args) -> tuple[Engine, Forwards, dict]:
     """``(engine, table, seconds by (role, rows, name of the forward))`` of the network of a role."""
-    length, timed_of = args.block_length, family.timed[role]
+    length, timed_of = args.block_length, family.timed[role].of(model)
     blocks = -(-(args.context + args.new_tokens) // length) * length
     slots, runtime = max(blocks + 2 * length, args.prefill), Runtime(fast=args.fast, graphs=args.graphs)
     if model.device.type == "cuda" and args.graphs is not False:

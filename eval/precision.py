@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         models = random_models(family, args.shape, device, torch.bfloat16)
     else:
         models = load_models(family, checkpoints_of(family, source), dtype="bfloat16", device=device)
-    rows = differences(models[family.first], family.timed[family.first], args.context, args.block_length)
+    rows = differences(
+        models[family.first], family.timed[family.first].of(models[family.first]), args.context, args.block_length
+    )
     for name, row in rows.items():
         print(
             f"bfloat16 {name:6s} from float32: mean {row['mean']:.2e}, largest {row['largest']:.2e} (log-probability)"

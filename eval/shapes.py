@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from shared.errors import UserError, unknown_name
-from shared.family import FAMILIES, Family, default_family, family_named
+from shared.family import FAMILIES, Family, Network, default_family, family_named
 from shared.network.loading import CheckpointModel
 from shared.scripts.models import family_of_checkpoint
 
@@ -33,15 +33,21 @@ def family_of(family: str | None, shape: str | None, model: str | None) -> Famil
 def random_models(family: Family, shape: str, device: torch.device, dtype: torch.dtype) -> dict[str, CheckpointModel]:
     """Random weights of a named shape for every role, made on the device."""
     return {
-        role: random_model(family.networks[role].model_class, config, device, dtype)
+        role: random_model(network_class(family.networks[role], config), config, device, dtype)
         for role, config in family.shapes[shape].items()
     }
+
+
+def network_class(network: Network, config: Mapping) -> type[CheckpointModel]:
+    """The class of a network of this configuration, by its ``model_type`` where it has one."""
+    return network.choices[config.get("model_type", network.model_type)].model_class
 
 
 def random_model(
     kind: type[CheckpointModel], config: Mapping, device: torch.device, dtype: torch.dtype
 ) -> CheckpointModel:
     """A network of random weights."""
+    config = {name: value for name, value in config.items() if name != "model_type"}
     with torch.device("meta"):
         model = kind(kind.config_class(**config, max_position_embeddings=32768, eos_token_id=0))
     model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()

@@ -95,23 +95,41 @@ class DecoderSetting:
 @dataclass(frozen=True, slots=True)
 class Timed:
     """What the benchmark times of a network: ``forwards(block_length, device)`` are the `shared.network.timed.Forward` worth timing, ``kinds(block_length)``
-    the `shared.gpu.graphs.Shape` that its decoders have captured."""
+    the `shared.gpu.graphs.Shape` that its decoders have captured. ``others``: of networks that may stand in its place, by ``model_type``."""
 
     forwards: str
     kinds: str
+    others: Mapping[str, Timed] = field(default_factory=dict)
+
+    def of(self, model: Any) -> Timed:
+        """What is timed of this network."""
+        return self.others.get(model.config.model_type, self)
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
     """What `train` makes: a network of ``config``, by ``objective(model, mask_id, seed)``, which returns a `train.loop.Objective`; ``about`` names it.
 
-    ``sizes``: configuration by the name of a size, where the family's differ from those of `train.recipes`.
+    ``sizes``: configuration by the name of a size, where the family's differ from those of `train.recipes`. ``others``: what differs for a network of
+    `Network.others`, by its ``model_type``. ``options``: a `shared.options.FlatOptions` whose fields are flags; an object of it is then the fourth
+    argument of the objective. ``from_prompt``: are blocks counted from the end of the prompt?
     """
 
     objective: str
     about: str
     config: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Any]] | None = None
+    others: Mapping[str, Training] = field(default_factory=dict)
+    options: str | None = None
+    from_prompt: bool = False
+
+    def of_type(self, model_type: str) -> Training:
+        """That of the network with this ``model_type``."""
+        return self.others.get(model_type, self)
+
+    @property
+    def options_class(self) -> type | None:
+        return None if self.options is None else imported(self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +137,8 @@ class Family:
     """A family: ``networks`` by role, the first of which is the model that its texts are judged by; ``decoders`` by name, the first of which is the default.
 
     ``baseline`` is what the others are compared with, ``plain`` decodes without verifying (None: it has no such decoder), ``exact`` makes speculation lossless,
-    and ``method`` is what its speculation is called. ``shapes`` are released checkpoints: configurations by role. ``timed`` and ``trains`` go by role.
+    and ``method`` is what its speculation is called. ``shapes`` are released checkpoints: configurations by role, with a ``model_type`` where that is not the
+    first one's. ``timed`` and ``trains`` go by role.
     ``shipped``: checkpoints by name, each a folder inside ``package`` (or a checkpoint's name) for every role. ``block_length`` is the benchmark's.
     """
 
@@ -167,10 +186,11 @@ class Family:
         return {r: str(self._shipped_path(part) or part) for r, part in self.shipped[name].items()}
 
     def shipped_folder(self, part: str) -> Path | None:
-        """The folder of a shipped checkpoint, or of one of its roles (``tiny/drafter``); None if no such one ships."""
-        found = self.shipped.get(part, {})
+        """The folder of a shipped checkpoint of one network (adapters beside it do not count), or of one of its roles (``tiny/drafter``); None if no such one
+        ships."""
+        found = [path for role, path in self.shipped.get(part, {}).items() if isinstance(self.networks[role], Network)]
         if len(found) == 1:
-            part = next(iter(found.values()))
+            part = found[0]
         declared = {p for parts in self.shipped.values() for p in parts.values()}
         return self._shipped_path(part) if part in declared else None
 

@@ -231,6 +231,21 @@ class Acceptance(Group):
     ssd_threshold_all_spans: bool = option(False, "ssd_ratio_threshold looks at the whole block, not only the span")
     always_check_high_confidence: bool = option(False, "also take every draft above confidence_threshold")
 
+    @property
+    def least_confidence(self) -> float | None:
+        """A draft that is not above this confidence is rejected (None: by the verifier alone)."""
+        return None
+
+    @property
+    def least_target(self) -> float | None:
+        """A rejected draft is replaced only where the verifier gives it at least this probability (None: always)."""
+        return None
+
+    @property
+    def least_run(self) -> int:
+        """Does somebody ask which drafts would be accepted by themselves, past a rejection? Runs of at least this many of them (0: nobody)."""
+        return 0
+
     def __post_init__(self):
         check(self)
         if self.acceptance == "exact":

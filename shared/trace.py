@@ -39,6 +39,14 @@ class Verify(NamedTuple):
     accepted: int
 
 
+class Pass(NamedTuple):
+    """A draft of several blocks: from position ``start`` on it encoded what was finished, from ``first`` to ``end`` it drafted."""
+
+    start: int
+    first: int
+    end: int
+
+
 class Spent(NamedTuple):
     """What passes of one model over one text cost: ``forwards``, the ``tokens`` in them, positions that got ``logits``, cached tokens read
     (``context``), and query-key ``pairs``."""
@@ -83,7 +91,7 @@ class Trace:
     inside the iteration. ``confidence_of``: what the drafter gave its token there. ``steps``: iterations in all; ``verifies``: every `Verify`, in order,
     any number of them a step. ``lanes``: what each model spent on this text, by kind of forward, as if it ran alone. ``edits``: tokens replaced after they
     were decided, as ``(iteration, position, old, new)`` in order; an edit to ``mask_id`` takes the token back (remasking), and the lists above then tell
-    of the last time the position was decided. ``token_ids`` are the final ones.
+    of the last time the position was decided. ``token_ids`` are the final ones. ``passes``: one a step where drafts are of several blocks, else none.
     """
 
     prompt_length: int
@@ -98,6 +106,7 @@ class Trace:
     lanes: dict[str, dict[str, Spent]] = field(default_factory=dict)
     edits: list[tuple[int, int, int, int]] = field(default_factory=list)
     mask_id: int | None = None
+    passes: list[Pass] = field(default_factory=list)
 
     @property
     def forwards(self) -> dict[str, int]:

@@ -43,7 +43,7 @@ class Average:
     """An exponential average of the weights; its memory grows with the run until it reaches `AVERAGE_DECAY`."""
 
     def __init__(self, model: nn.Module):
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -57,14 +57,22 @@ class Average:
 
 
 def fit(
-    model: nn.Module, objective: Objective, batches: Iterator[Batch], *, seconds: float | None, steps: int | None
+    model: nn.Module,
+    objective: Objective,
+    batches: Iterator[Batch],
+    *,
+    seconds: float | None,
+    steps: int | None,
+    optimizer_list: list[torch.optim.Optimizer] | None = None,
+    clip: float | None = None,
 ) -> Outcome:
     """Train ``model`` in place until ``seconds`` have passed or ``steps`` are done; it ends with the averaged weights.
 
-    The clock starts after the first step, which may compile.
+    The clock starts after the first step, which may compile. ``optimizer_list``: by default `train.optim.optimizers`. ``clip``: the largest norm of
+    the gradient (None: any).
     """
-    device = model.device
-    optimizer_list, average = optimizers(model.train()), Average(model)
+    device, learned = model.device, [p for p in model.parameters() if p.requires_grad]
+    optimizer_list, average = optimizer_list or optimizers(model), Average(model.train())
     for optimizer in optimizer_list:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
@@ -77,6 +85,8 @@ def fit(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = objective(model, batch)
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(learned, clip)
         for optimizer in optimizer_list:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * scale

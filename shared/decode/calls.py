@@ -141,9 +141,11 @@ def _rows(values) -> list[list]:
 def check_prompts(prompts: list[list[int]], blocks, config) -> None:
     """Raise `UserError` for a prompt that is empty, holds ids it must not hold, or does not fit the model.
 
-    Blocks are decoded whole, so the last one must lie within the model's positions even where its tail is cut off.
+    Blocks are decoded whole, so the last one must lie within the model's positions even where its tail is cut off; where ``blocks.ends_anywhere`` texts end
+    in the middle of one.
     """
-    whole_blocks = config.max_position_embeddings // blocks.block_length * blocks.block_length
+    unit = 1 if getattr(blocks, "ends_anywhere", False) else blocks.block_length
+    whole_blocks = config.max_position_embeddings // unit * unit
     room = whole_blocks - blocks.max_new_tokens
     if not prompts:
         raise UserError("there is no prompt")

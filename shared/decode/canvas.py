@@ -20,7 +20,7 @@ from shared.network.indices import Indices
 from shared.output import Completion
 from shared.policy.draft import Choice
 from shared.policy.uniforms import Uniforms
-from shared.trace import How, Spent, Trace, Verify
+from shared.trace import How, Pass, Spent, Trace, Verify
 
 
 @dataclass
@@ -157,6 +157,7 @@ class Canvas:
         block_length: int,
         edits: list[tuple[int, int, int, int]],
         decode: Callable[[list[int]], str] | None,
+        passes: list[Pass] | None = None,
     ) -> Completion:
         """Take row ``i``'s text off the canvas (device reads, once a text): ``ids`` were decided, prompt included, and it returns ``tokens``."""
         row, end = self.rows[i], len(ids)
@@ -179,6 +180,7 @@ class Canvas:
             lanes=row.lanes(),
             edits=edits,
             mask_id=self.mask_id,
+            passes=passes or [],
         )
         seconds = time.perf_counter() - row.began
         return Completion(row.request, tokens, trace, seconds, used, decode(tokens) if decode else None)

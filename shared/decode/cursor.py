@@ -16,7 +16,7 @@ from torch import Tensor
 from shared.decode.canvas import Canvas
 from shared.policy.draft import Choice, Draft
 from shared.policy.unmask import step_quota
-from shared.trace import How
+from shared.trace import How, Pass
 
 
 @dataclass
@@ -79,6 +79,10 @@ class Cursor(ABC):
 
     def edits(self, i: int) -> list[tuple[int, int, int, int]]:
         """`shared.trace.Trace.edits` of the text of row ``i``."""
+        return []
+
+    def passes(self, i: int) -> list[Pass]:
+        """`shared.trace.Trace.passes` of the text of row ``i``."""
         return []
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared.options import Acceptance, Cache
 from shared.policy.acceptance import estimate, normalized_entropy
-from shared.policy.sampling import GREEDY_BELOW, inverse_cdf, sample, transform
+from shared.policy.sampling import GREEDY_BELOW, inverse_cdf, log_weights, sample
 from shared.trace import How
 
 
@@ -25,7 +25,8 @@ class Step:
     """One draft forward over a block of L positions, as lists over in-block positions, and what it led to.
 
     ``known``: ids before the step. ``logits [L, V]``. ``decoded``: the block's progress, which the bandit looks at. ``chosen``: position ->
-    (token, how) of masked ones, in order of choice.
+    (token, how) of masked ones, in order of choice. Where several blocks are in flight the lists cover all of them: ``open`` are the positions that a
+    threshold may fill (None: all), ``first_total`` is the size of the first block, which ``decoded`` is about (None: L, one block).
     """
 
     start: int
@@ -37,6 +38,8 @@ class Step:
     decoded: int
     chosen: dict[int, tuple[int, How]] = field(default_factory=dict)
     verified: bool = False
+    open: list[int] | None = None
+    first_total: int | None = None
 
     @property
     def span(self) -> list[int]:
@@ -64,6 +67,25 @@ class ReferenceText:
     tokens: list[int] = field(default_factory=list)
     order: list[list[int]] = field(default_factory=list)
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("prefill", "draft", "verify", "commit"), 0))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A token that a forward has encoded; ``sees`` are indices into the list of all that were, its own among them. So what a cache would hold stands there as
+    tokens that still see what they saw then."""
+
+    token: int
+    position: int
+    sees: tuple[int, ...]
+
+
+def logits_of(model, tokens: Sequence[Encoded]) -> Tensor:
+    """Logits ``[T, V]`` of the network over ``tokens``, each seeing what it says."""
+    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for index, token in enumerate(tokens):
+        mask[index, list(token.sees)] = True
+    ids, positions = ([getattr(t, name) for t in tokens] for name in ("token", "position"))
+    return model(torch.tensor([ids]), torch.tensor([positions]), None, mask)[0]
 
 
 class Reference:
@@ -105,15 +127,16 @@ class Reference:
 
     def transform(self, logits: Tensor) -> Tensor:
         """Log-weights as the verifier and the estimators see them."""
-        return transform(logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
+        return log_weights(logits, self.sampling)
 
     def draft_distribution(self, step: Step, i: int) -> Tensor:
         """``[V]``: ``p`` of the residual ``q - p`` at position ``i``."""
         return self.transform(step.logits[i]).softmax(-1)
 
     def confident(self, step: Step) -> list[int]:
-        """Positions still free whose draft is above ``confidence_threshold``."""
-        return [i for i in step.free if step.confidence[i] > self.unmask.confidence_threshold]
+        """Positions still free that may be filled, and whose draft is above ``confidence_threshold``."""
+        may = step.free if step.open is None else [i for i in step.free if i in step.open]
+        return [i for i in may if step.confidence[i] > self.unmask.confidence_threshold]
 
     def take_confident(self, step: Step) -> None:
         """``always_check_high_confidence``: whatever was decided, those too, the surest first."""
@@ -129,17 +152,22 @@ class Reference:
         ratio = [float(target[i, t]) / max(step.confidence[i], 1e-12) for i, t in enumerate(step.tokens)]
         ratio = [min(1.0, r**rule.ssd_ratio_tempering_factor) if r < 1 else 1.0 for r in ratio]
         uniform = {} if exact else {i: next(self.uniforms) for i in step.span}
-        for i in step.span:
-            if step.tokens[i] == best[i] if exact else uniform[i] < ratio[i]:
+        passed = [step.tokens[i] == best[i] if exact else uniform[i] < ratio[i] for i in step.span]
+        if rule.least_confidence is not None:
+            passed = [p and step.confidence[i] > rule.least_confidence for p, i in zip(passed, step.span, strict=True)]
+        for i, accepted in zip(step.span, passed, strict=True):
+            if accepted:
                 step.take([i], How.ACCEPTED)
                 continue
             if exact:
                 step.chosen[i] = (best[i], How.RESAMPLED)
             elif rule.allow_resample:
-                step.chosen[i] = (self.resample(step, target[i], i), How.RESAMPLED)
+                if rule.least_target is None or float(target[i, step.tokens[i]]) >= rule.least_target:
+                    step.chosen[i] = (self.resample(step, target[i], i), How.RESAMPLED)
             elif self.keep_rejected:
                 step.take([i], How.KEPT)
             break
+        self.passed = {i for i, p in zip(step.span, passed, strict=True) if p}
         if rule.ssd_ratio_threshold >= 0:
             reach = step.masked if rule.ssd_threshold_all_spans else step.span
             late = [i for i in reach if i not in step.chosen and ratio[i] >= rule.ssd_ratio_threshold]
@@ -178,8 +206,8 @@ class Reference:
         mean_entropy = float(normalized_entropy(self.transform(step.logits))[where].mean())
         self.bucket = 0
         for value, low, high, bins in (
-            (len(step.span), 1, self.length, options.ucb_span_length_bins),
-            (step.decoded / self.length, 0, 1, options.ucb_block_progress_bins),
+            (len(step.span), 1, len(step.known), options.ucb_span_length_bins),
+            (step.decoded / (step.first_total or self.length), 0, 1, options.ucb_block_progress_bins),
             (mean_entropy, 0, 1, options.ucb_entropy_bins),
         ):
             value = min(max(value, low), high)

@@ -248,8 +248,9 @@ def emit(run: Run, rows: Sequence[int]) -> None:
     canvas, cursor, call = run.canvas, run.cursor, run.job.call
     for i in rows:
         position, end, ids = canvas.rows[i].position, cursor.end(i), canvas.tokens[i].tolist()
-        how = {"block_length": cursor.block_length, "edits": cursor.edits(i), "decode": run.stops.text_of}
-        completion = canvas.retire(i, ids=ids[:end], tokens=cursor.returned(i, ids, end), **how)
+        how = {"edits": cursor.edits(i), "passes": cursor.passes(i), "decode": run.stops.text_of}
+        how |= {"ids": ids[:end], "tokens": cursor.returned(i, ids, end), "block_length": cursor.block_length}
+        completion = canvas.retire(i, **how)
         run.done[position] = completion = run.stops.cut(completion)
         if call.on_finish:
             call.on_finish(completion)

@@ -186,6 +186,10 @@ class FastForward:
             return f"its kernels take bfloat16 and float32, the model is {model.dtype}"
         if model.config.head_dim not in (16, 32, 64, 128):
             return f"head_dim {model.config.head_dim} is not one of 16, 32, 64, 128"
+        if model.switches(model.config).mlp_bias:
+            return "its kernels have no bias in the feed-forward"
+        if getattr(model.config, "scale_logits", False):
+            return "its kernels do not scale logits"
         return cls.refuses(model.config)
 
     def current(self) -> bool:

@@ -28,19 +28,19 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
-def checkpoint_folder(path_or_id: str | Path) -> Path:
+def checkpoint_folder(path_or_id: str | Path, holds: str = "config.json") -> Path:
     """A local checkpoint folder, else the folder of a shipped checkpoint (``SDAR/tiny``); a hub id (``organisation/name``) is downloaded into the
-    Hugging Face cache first."""
+    Hugging Face cache first. ``holds``: the file that makes it one."""
     if not str(path_or_id).strip():
         raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
     folder = Path(path_or_id)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model {str(path_or_id)!r}: the folder has no config.json")
+        if not (folder / holds).is_file():
+            raise UserError(f"model {str(path_or_id)!r}: the folder has no {holds}")
         return folder
     name = str(path_or_id)
     if (shipped := shipped_folder(name)) is not None:
-        return checkpoint_folder(shipped)
+        return checkpoint_folder(shipped, holds)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         ships = ", ".join(shipped_names())
         raise UserError(
@@ -103,7 +103,7 @@ def checked_shards(
     dtypes: dict[str, str] = {}
     expected = {rename(key): shape for key, shape in expected.items()}
     ignored = [rename(key) for key in ignored]
-    with _naming_damage(folder):
+    with naming_damage(folder):
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -129,7 +129,7 @@ def read_tensors(
     """
     key_of = {rename(key): key for key in keys}
     for shard in shards:
-        with _naming_damage(shard.parent):
+        with naming_damage(shard.parent):
             with safe_open(shard, framework="pt") as file:
                 left = [name for name in reversed(list(file.keys())) if name in key_of]
             while left:
@@ -165,7 +165,8 @@ def read_state_dict(
 
 
 @contextmanager
-def _naming_damage(folder: Path) -> Iterator[None]:
+def naming_damage(folder: Path) -> Iterator[None]:
+    """A damaged weight file is the user's business, told with its folder."""
     try:
         yield
     except SafetensorError as error:

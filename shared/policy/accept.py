@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.options import Acceptance, Sampling, Unmask
 from shared.output import Lossless, losslessness
 from shared.policy.draft import Choice, Draft
-from shared.policy.sampling import GREEDY_BELOW, greedy, inverse_cdf, sample, transform
+from shared.policy.sampling import GREEDY_BELOW, greedy, inverse_cdf, log_weights, sample
 from shared.policy.uniforms import Uniforms
 from shared.trace import How
 
@@ -26,13 +26,15 @@ from shared.trace import How
 @dataclass(frozen=True)
 class Verdict:
     """Outcome per position ``[b, L]``: ``accepted`` prefix of the span, ``rejected`` (at most one, the first), the ``replacement`` token
-    to write there (None: the draft is kept) and the acceptance ``ratio``. ``finite [b]``: were the verifier's logits numbers?"""
+    to write there (None: the draft is kept) and the acceptance ``ratio``. ``finite [b]``: were the verifier's logits numbers? ``passed``: positions of the
+    span that stand for themselves, whatever comes before them (None: the rule does not tell)."""
 
     accepted: Tensor
     rejected: Tensor
     replacement: Tensor | None
     ratio: Tensor
     finite: Tensor
+    passed: Tensor | None = None
 
 
 def accepted_length(passed: Tensor, span: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def accept_span(
     exact_greedy = options.acceptance == "exact" and sampling.temperature < GREEDY_BELOW
     ratio, in_order = None, torch.arange(len(tokens), device=tokens.device)
     if not exact_greedy or options.ssd_ratio_threshold >= 0:
-        target = transform(verifier_logits, sampling.target_temperature, sampling.top_k, sampling.top_p).softmax(-1)
+        target = log_weights(verifier_logits, sampling).softmax(-1)
         q = target.gather(-1, tokens[..., None])[..., 0]
         ratio = acceptance_ratio(q, draft.confidence.gather(1, at), options.ssd_ratio_tempering_factor)
     if exact_greedy:
@@ -87,21 +89,26 @@ def accept_span(
         finite = torch.isfinite(ratio)
         numbers = uniforms.take(draft.rows, length, draft.span_length)
         passed = numbers.gather(1, (queries - draft.first_masked[:, None]).clamp(0, length - 1)) < ratio
+    if options.least_confidence is not None:
+        passed = passed & (draft.confidence.gather(1, at) > options.least_confidence)
     count = accepted_length(passed, in_span)
     # The query of the first rejected position, any query where none is rejected.
     rejected = (in_span.int().argmax(-1) + count).clamp(max=queries.shape[1] - 1)
-    replacement = None
+    replacement, replaced = None, count < draft.span_length
     if exact_greedy:
         replacement = best[in_order, rejected]
     elif options.allow_resample:
+        if options.least_target is not None:
+            replaced = replaced & (q[in_order, rejected] >= options.least_target)
         left = residual(target[in_order, rejected], draft.log_weights_at(at[in_order, rejected]).softmax(-1))
-        replacement = inverse_cdf(left, uniforms.take(draft.rows, 1, count < draft.span_length)[:, 0])
+        replacement = inverse_cdf(left, uniforms.take(draft.rows, 1, replaced)[:, 0])
     return Verdict(
         accepted=draft.span & (draft.offset_in_span < count[:, None]),
-        rejected=draft.span & (draft.offset_in_span == count[:, None]),
+        rejected=draft.span & (draft.offset_in_span == count[:, None]) & replaced[:, None],
         replacement=None if replacement is None else replacement[:, None].expand_as(draft.tokens),
         ratio=torch.zeros_like(draft.confidence) if ratio is None else in_block(ratio, queries, length),
         finite=finite.all(-1),
+        passed=in_block(passed & in_span, queries, length) if options.least_run else None,
     )
 
 
@@ -137,8 +144,8 @@ def verified_choice(draft: Draft, verdict: Verdict, options: Acceptance, *, keep
 
 
 def take_confident(choice: Choice, draft: Draft, options: Unmask) -> None:
-    """Add every masked position whose draft is above ``confidence_threshold`` (``always_check_high_confidence``)."""
-    confident = draft.masked & (draft.confidence > options.confidence_threshold)
+    """Add every position that may be filled and whose draft is above ``confidence_threshold`` (``always_check_high_confidence``)."""
+    confident = draft.fillable & (draft.confidence > options.confidence_threshold)
     choice.add(confident, draft.tokens, How.CONFIDENT, -draft.confidence)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from shared.options import Sampling
-from shared.policy.sampling import transform
+from shared.policy.sampling import log_weights
 from shared.trace import How
 
 
@@ -20,6 +20,9 @@ class Draft:
     ``rows [b]``: their row in the batch. ``block [b, L]``: ids before the step. ``masked [b, L]``: still to be decided.
     ``tokens, confidence [b, L]``: proposal and the probability the drafter gave it. ``decoded [b]``: tokens this block has gained in earlier
     steps. ``logits``: those of the whole step; ``entry [b]`` says which of them is whose, so that a selection of rows copies none.
+
+    Where several blocks are in flight, L covers them all: ``open [b, L]`` are the positions a threshold may fill now, ``in_flight [b]`` is how many there are
+    of a row, and ``first_total [b]`` how many of its first block, which ``decoded`` is about (None: L, one block).
     """
 
     rows: Tensor
@@ -31,6 +34,19 @@ class Draft:
     entry: Tensor
     decoded: Tensor
     sampling: Sampling
+    open: Tensor | None = None
+    in_flight: Tensor | None = None
+    first_total: Tensor | None = None
+
+    @property
+    def fillable(self) -> Tensor:
+        """``[b, L]``: masked positions that a threshold may fill now."""
+        return self.masked if self.open is None else self.masked & self.open
+
+    @property
+    def progress(self) -> Tensor:
+        """``[b]``: the share of the (first) block that is decided."""
+        return self.decoded / (self.masked.shape[1] if self.first_total is None else self.first_total)
 
     @cached_property
     def first_masked(self) -> Tensor:
@@ -62,12 +78,13 @@ class Draft:
         return self._transformed(self.logits[self.entry, position])
 
     def _transformed(self, logits: Tensor) -> Tensor:
-        return transform(logits, self.sampling.target_temperature, self.sampling.top_k, self.sampling.top_p)
+        return log_weights(logits, self.sampling)
 
     def select(self, index: Tensor) -> Draft:
         """The draft of some of the rows; ``index`` into the rows of this draft."""
-        fields = ("rows", "block", "masked", "tokens", "confidence", "entry", "decoded")
-        return replace(self, **{f: getattr(self, f)[index] for f in fields})
+        whole = ("logits", "sampling")
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in whole}
+        return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
 
 def rank_by(key: Tensor, take: Tensor) -> Tensor:

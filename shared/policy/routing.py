@@ -60,8 +60,8 @@ class MaskSpanLength(Policy):
 
 
 def confident(draft: Draft, options: Unmask) -> Tensor:
-    """``[b]``: masked positions of the block whose draft is above ``confidence_threshold``."""
-    return (draft.masked & (draft.confidence > options.confidence_threshold)).sum(-1)
+    """``[b]``: positions that may be filled now and whose draft is above ``confidence_threshold``."""
+    return (draft.fillable & (draft.confidence > options.confidence_threshold)).sum(-1)
 
 
 class _Scored(Policy):
@@ -131,8 +131,8 @@ class ContextualBanditUCB(Policy):
         length = draft.masked.shape[1]
         where = draft.span if self.options.ucb_entropy_source == "span" else draft.masked
         mean_entropy = (normalized_entropy(draft.log_weights) * where).sum(-1) / where.sum(-1).clamp(min=1)
-        values = (draft.span_length, draft.decoded / length, mean_entropy)
-        ranges = ((1, length), (0, 1), (0, 1))
+        values = (draft.span_length, draft.progress, mean_entropy)
+        ranges = ((1, length if draft.in_flight is None else draft.in_flight), (0, 1), (0, 1))
         index = torch.zeros_like(draft.rows)
         for value, (low, high), bins in zip(values, ranges, self.bins, strict=True):
             index = index * bins + bin_of(value.double(), low, high, bins)
@@ -157,11 +157,14 @@ class ContextualBanditUCB(Policy):
             self.tries[rows], self.reward[rows], self.time[rows] = 0, 0, 0
 
 
-def bin_of(value: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """Which of ``bins`` equal parts of [low, high] holds ``value`` (clipped into it)."""
-    if bins <= 1 or high <= low:
+def bin_of(value: Tensor, low: float, high: float | Tensor, bins: int) -> Tensor:
+    """Which of ``bins`` equal parts of [low, high] holds ``value [b]`` (clipped into it); ``high`` may differ by row."""
+    if bins <= 1:
         return torch.zeros_like(value, dtype=torch.long)
-    return (bins * (value.clamp(low, high) - low) / (high - low)).floor().long().clamp(max=bins - 1)
+    high = torch.as_tensor(high, device=value.device).to(value.dtype)
+    inside = torch.minimum(value.clamp(min=low), high)
+    part = (bins * (inside - low) / (high - low)).floor().long().clamp(max=bins - 1)
+    return torch.where(high > low, part, 0)
 
 
 def make_policy(

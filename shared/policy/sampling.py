@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.gpu import sampling as triton_sampling
+from shared.options import Sampling
 
 GREEDY_BELOW = 1e-6  # temperatures under this are greedy, as in the published code
 
@@ -24,17 +25,36 @@ def transform(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: f
     logits = logits.float()
     if temperature < GREEDY_BELOW:
         return logits
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1.0:
-        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        # The shifted sum, not the sum less the token's own mass: that rounds, and misses a sum equal to p.
-        before = F.pad(ordered.softmax(-1).cumsum(-1)[..., :-1], (1, 0))
-        drop = torch.zeros_like(ids, dtype=torch.bool).scatter(-1, ids, before > top_p)
-        logits = logits.masked_fill(drop, float("-inf"))
-    return logits
+    return keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """``logits [..., V]``, less likely ones than the k-th at ``-inf`` (0: all are kept)."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    kth = logits.topk(top_k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """``logits [..., V]``, those at ``-inf`` before which there is more than this mass (1: all are kept)."""
+    if top_p >= 1.0:
+        return logits
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # The shifted sum, not the sum less the token's own mass: that rounds, and misses a sum equal to p.
+    before = F.pad(ordered.softmax(-1).cumsum(-1)[..., :-1], (1, 0))
+    drop = torch.zeros_like(ids, dtype=torch.bool).scatter(-1, ids, before > top_p)
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def log_weights(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`transform` at the target's temperature, as verification and estimators see ``logits [..., V]``. Where ``sampling`` has ``top_p_first`` on, the
+    filters come in that order and at temperature 0 as well."""
+    temperature, top_k, top_p = sampling.target_temperature, sampling.top_k, sampling.top_p
+    if not getattr(sampling, "top_p_first", False):
+        return transform(logits, temperature, top_k, top_p)
+    logits = logits.float() if temperature < GREEDY_BELOW else logits.float() / temperature
+    return keep_top_k(keep_top_p(logits, top_p), top_k)
 
 
 def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:

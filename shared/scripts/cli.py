@@ -28,7 +28,7 @@ from shared.scripts.distributed import World
 from shared.scripts.judging import is_solved
 from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
 from shared.scripts.store import Store, check_writable
-from shared.trace import format_trace
+from shared.trace import Trace, format_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.Field, spellings: Sequence[str]) -> None:
+def add_flag(group, parser: _Parser, name: str, kind: Any, field: dataclasses.Field, spellings: Sequence[str]) -> None:
     """One field as a flag. Values stay strings here: `shared.options.coerce` is the only place that reads them."""
     options = list(get_args(kind)) if type(None) in get_args(kind) else [kind]
     literal = next((k for k in options if get_origin(k) is Literal), None)
@@ -133,17 +133,23 @@ class Choice:
 
     def owners(self, flag: str) -> list[str]:
         """The scripts that have ``--flag``."""
-        return [n for n, s in self.scripts.items() if f"--{flag}" in build_parser(s.options, "")._option_string_actions]
+        flags = lambda s: build_parser(s.options, "", (), s.arguments)._option_string_actions  # noqa: E731
+        return [n for n, s in self.scripts.items() if f"--{flag}" in flags(s)]
 
 
-def build_parser(options: type[FlatOptions], description: str, presets: Sequence[str] = ()) -> _Parser:
-    """A parser with a flag for every field of `ScriptArguments` and of each group of ``options``; only flags given appear in its result."""
+def build_parser(
+    options: type[FlatOptions],
+    description: str,
+    presets: Sequence[str] = (),
+    arguments: type[ScriptArguments] = ScriptArguments,
+) -> _Parser:
+    """A parser with a flag for every field of ``arguments`` and of each group of ``options``; only flags given appear in its result."""
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, group in {"script": ScriptArguments, **options.groups()}.items():
+    for title, group in {"script": arguments, **options.groups()}.items():
         section, hints = parser.add_argument_group(title), get_type_hints(group)
         for f in dataclasses.fields(group):
             spellings = {**ALIASES, **SCRIPT_ALIASES}.get(f.name, (f.name,))
-            _add_flag(section, parser, f.name, hints[f.name], f, spellings)
+            add_flag(section, parser, f.name, hints[f.name], f, spellings)
             if f.name == "preset" and presets:
                 parser._option_string_actions["--preset"].help += f" {{{', '.join(presets)}}}"
             for negation, name in NEGATIONS.items():
@@ -163,11 +169,12 @@ def parse(
     description: str,
     shipped: str,
     choice: Choice | None = None,
-    is_shipped: Callable[[str | None], bool] = lambda model: model is None,
+    is_shipped: Callable[[ScriptArguments], bool] = lambda script: script.model is None,
+    arguments: type[ScriptArguments] = ScriptArguments,
 ) -> tuple[ScriptArguments, FlatOptions, str | None]:
-    """``(script arguments, decode options, name of the preset in use)``. With the checkpoint that ships (``is_shipped(--model)``) the preset
+    """``(script arguments, decode options, name of the preset in use)``. With the checkpoint that ships (``is_shipped(script)``) the preset
     is ``shipped``."""
-    parser = build_parser(options, description, tuple(presets))
+    parser = build_parser(options, description, tuple(presets), arguments)
     if choice is not None:
         choice.add_to(parser)
     given, strange = parser.parse_known_args(argv)
@@ -175,9 +182,9 @@ def parse(
         if not strange[0].startswith("-"):
             raise UserError(f"{strange[0]!r} belongs to no flag. Allowed: --prompt and the text, in quotes")
         raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
-    given, hints = vars(given), get_type_hints(ScriptArguments)
-    script = ScriptArguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
-    preset = script.preset or (shipped if is_shipped(script.model) else None)
+    given, hints = vars(given), get_type_hints(arguments)
+    script = arguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
+    preset = script.preset or (shipped if is_shipped(script) else None)
     if preset is not None and preset not in presets:
         raise unknown_name("preset", preset, presets)
     try:
@@ -286,14 +293,21 @@ class Streamer:
             print(piece, end="", flush=True)
 
 
-def print_texts(script: ScriptArguments, output: Output, tokenizer, records: Sequence[dict]) -> None:
-    """Texts of ``records`` (unless streamed), traces if asked for, and the trace file."""
+def print_texts(
+    script: ScriptArguments,
+    output: Output,
+    tokenizer,
+    records: Sequence[dict],
+    stats_of: Callable[[Trace], str] | None = None,
+) -> None:
+    """Texts of ``records`` (unless streamed), traces and ``stats_of`` them if asked for, and the trace file."""
     for completion in output.completions:
         if not script.stream and script.output_dir is None:
             question = question_of(script, records[completion.request])
             print(f"=== text {completion.request}\n{question}{completion.text}\n")
         if script.forward_stats:
-            print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n")
+            more = "" if stats_of is None else f"{stats_of(completion.trace)}\n"
+            print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n{more}")
     if script.trace is not None:
         Path(script.trace).write_text(json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
 
@@ -343,7 +357,8 @@ class Script:
 
     ``generate`` is the family's decoder; ``rivals(options)`` names the decoders it is compared with, each ``(function, options)``; ``shipped`` is
     the preset used with the tiny checkpoint in ``folder``; ``default_prompt`` is for checkpoints that bring no problems of their own. ``check`` may
-    refuse options before anything is loaded; ``choice`` is what `choose_script` chose it from.
+    refuse options before anything is loaded; ``choice`` is what `choose_script` chose it from. ``arguments`` may add flags of the script's own, and
+    ``stats_of`` what ``--forward_stats`` prints beside the steps.
     """
 
     description: str
@@ -358,6 +373,8 @@ class Script:
     default_prompt: str
     check: Callable[[FlatOptions], None] = lambda options: None
     choice: Choice | None = None
+    arguments: type[ScriptArguments] = ScriptArguments
+    stats_of: Callable[[Trace], str] | None = None
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run; bad input is one line on standard error and exit code 2."""
@@ -365,23 +382,22 @@ class Script:
 
     def run(self, argv: Sequence[str] | None) -> None:
         what = (self.options, self.presets, argv, self.description, self.shipped, self.choice, self.is_shipped)
-        script, options, preset = parse(*what)
+        script, options, preset = parse(*what, self.arguments)
         self.check(options)
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
         world = World.from_environment(script.tensor_parallel)
-        source = self.source(script.model)
+        source = self.source(script)
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
             script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
         )
         device = resolve_device(world.device(script.device))
-        model = tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
+        model = self.load(script, source, world, device)
         mask_id, _ = model.special_ids(options.blocks.mask_id, options.blocks.stopping_criteria_idx, tokenizer)
         prompts = fit_prompts(script, tokenizer, prompts, mask_id)
         if world.rank == 0:
-            name = "tiny" if self.is_shipped(script.model) else source
-            print(f"{self.title} | {name} | {model.device.type}, {str(model.dtype)[6:]}")
+            print(f"{self.title} | {self.named(script, source)} | {model.device.type}, {str(model.dtype)[6:]}")
             values = " ".join(f"{k}={v}" for k, v in self.presets.get(preset, {}).items())
             print(f"preset {preset}: {values}\n" if preset else "no preset\n")
         output = world.gather(self.decode(script, options, model, tokenizer, records, prompts, source, world))
@@ -390,7 +406,7 @@ class Script:
             if world.rank == 0:
                 print("nothing is left to decode")
             return
-        print_texts(script, output, tokenizer, records)
+        print_texts(script, output, tokenizer, records, self.stats_of)
         rows = {"this run": output}
         unasked = script.compare is None and script.prompt is None and script.prompt_file is None and world.size == 1
         if script.compare or unasked:
@@ -405,18 +421,26 @@ class Script:
         print(format_comparison(rows, solved))
         print(f"\nlossless: {output.lossless}")
 
-    def is_shipped(self, model: str | None) -> bool:
+    def is_shipped(self, script: ScriptArguments) -> bool:
         """Is that the checkpoint in the script's folder, by whatever name?"""
-        if model is None:
+        if script.model is None:
             return True
-        return (shipped_folder(model) or Path(self.source(model))).resolve() == (self.folder / "tiny").resolve()
+        return (shipped_folder(script.model) or Path(self.source(script))).resolve() == (self.folder / "tiny").resolve()
 
-    def source(self, model: str | None) -> str:
+    def source(self, script: ScriptArguments) -> str:
         """The checkpoint to load: ``model``, or the shipped one. A name of a checkpoint in the script's folder works from any folder."""
-        if model is None:
+        if script.model is None:
             return str(self.folder / "tiny")
-        beside = self.folder / model
-        return str(beside) if not Path(model).exists() and (beside / "config.json").is_file() else model
+        beside = self.folder / script.model
+        return str(beside) if not Path(script.model).exists() and (beside / "config.json").is_file() else script.model
+
+    def named(self, script: ScriptArguments, source: str) -> str:
+        """The checkpoint in the header."""
+        return "tiny" if self.is_shipped(script) else source
+
+    def load(self, script: ScriptArguments, source: str, world: World, device):
+        """The network."""
+        return tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
 
     def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
         """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""

@@ -31,16 +31,26 @@ def test_what_a_family_names_is_there(name):
     assert family.name == name
     assert family.folder.samefile(Path(imported(f"{family.package}:__file__")).parent)
     for network in family.networks.values():
-        for model_type, choice in network.choices.items():
+        for model_type, choice in getattr(network, "choices", {}).items():
             assert choice.model_class.config_class.model_type == model_type
             assert choice.scoring is None or callable(imported(choice.scoring))
-    for timed in family.timed.values():
+    for timed in [t for first in family.timed.values() for t in (first, *first.others.values())]:
         assert callable(imported(timed.forwards))
         assert imported(timed.kinds)(family.block_length)
     for training in family.trains.values():
         assert callable(imported(training.objective))
     assert set(family.timed) | set(family.trains) <= set(family.networks)
     assert all(set(roles) <= set(family.networks) for roles in [*family.shapes.values(), *family.shipped.values()])
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_what_a_family_trains_is_there(name):
+    family = FAMILIES[name]
+    for role, training in family.trains.items():
+        assert set(training.others) <= set(getattr(family.networks[role], "choices", ()))
+        for each in (training, *training.others.values()):
+            assert callable(imported(each.objective))
+            assert each.options is None or each.options_class()
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
