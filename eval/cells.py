@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval import calibration, code_eval
-from eval.families import code_version, fingerprints
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
 from eval.records import lanes_of, lossless_as_json, work_of
@@ -19,6 +18,7 @@ from eval.roofline import Machine
 from shared.errors import UserError, unknown_name
 from shared.family import family_named
 from shared.output import Sizes
+from shared.scripts.identity import code_version, fingerprints
 from shared.scripts.store import records_in
 from shared.trace import How
 
@@ -158,7 +158,7 @@ def quiet() -> Iterator[None]:
 
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
-    what = [setting.family, setting.decoder, setting.checkpoints, fingerprints(setting.checkpoints), code_version(setting.family), setting.resolved(), asked.task, asked.metric,
+    what = [setting.family, setting.decoder, setting.checkpoints, fingerprints(setting.checkpoints), code_version(family_named(setting.family).folder), setting.resolved(), asked.task, asked.metric,
             grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 

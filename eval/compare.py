@@ -16,11 +16,11 @@ import json
 import logging
 from pathlib import Path
 
-from eval.claims import claim, release
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import rows_of, write_csv
 from eval.roofline import Machine
 from shared.errors import UserError, run_main
+from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
 from shared.scripts.store import Store, records_in
 
@@ -164,13 +164,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     grid = grid_from(args)
     folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))
-    if World.from_environment().rank == 0:
-        claim(folder)
-    if not args.report:
-        measure(grid, folder, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
-    if World.from_environment().rank == 0:
-        write(grid, folder, args.seed)
-        release(folder)
+    world = World.from_environment()
+    with claimed(folder if world.rank == 0 else None, several=world.size > 1):
+        if not args.report:
+            measure(grid, folder, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
+        if world.rank == 0:
+            write(grid, folder, args.seed)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from eval.claims import check_fresh, check_same, claim, note, release
-from eval.families import code_version, decoder_in_file, family_of_class, fingerprints, split_target
+from eval.families import decoder_in_file, family_of_class, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
 from shared.decode.calls import Stop
 from shared.decode.stop_strings import StopStrings
@@ -32,7 +31,9 @@ from shared.network.loading import load_tokenizer
 from shared.network.sizes import sizes_of
 from shared.options import ALIASES, coerce
 from shared.output import Lossless, Output
+from shared.scripts.claims import check_fresh, claim, join, release
 from shared.scripts.distributed import World
+from shared.scripts.identity import code_version, difference, files_of, note
 from shared.scripts.models import (
     check_roles,
     checkpoints_of,
@@ -52,6 +53,7 @@ _NOT_OPTIONS = ("until", "max_length")
 # What public tasks and commands write though it changes nothing here: the only value that a decoder of this repository can mean by it.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+MADE_BY = "made_by.json"  # beside the texts: what made them
 AUTO_BATCH = 32  # texts in flight where nobody says how many: their number changes no text
 
 
@@ -115,13 +117,14 @@ class DraftAndVerifyLM(TemplateLM):
         """Finished texts go to this folder from now on; what was spent is counted anew. Raises `UserError` in every process if one must not use it."""
         self._store.close()
         if predictions is not None:
-            if self._rank == 0:
+            if self._store.root is not None and Path(predictions).resolve() != self._store.root.resolve():
                 release(self._store.root)
             refused = [message for message in _collect(self._refusal(predictions, resume), self._world_size) if message]
             if refused:
                 raise UserError(refused[0])
             if self._rank == 0:
-                note(predictions, self._made_by)
+                note(Path(predictions) / MADE_BY, self._made_by)
+            join(predictions)
         self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
         self.lossless: Lossless | None = None
@@ -131,10 +134,10 @@ class DraftAndVerifyLM(TemplateLM):
         """Why this process must not write there; rank 0 claims the folder for all."""
         try:
             if self._rank == 0:
-                claim(predictions)
+                claim(predictions, several=self._world_size > 1)
             made_by = self.made_by(as_flat(self.options_for({})))
             if resume:
-                check_same(predictions, made_by)
+                check_same(Path(predictions), made_by)
             else:
                 check_fresh(predictions, "predictions")
             if self._rank == 0:
@@ -230,10 +233,8 @@ class DraftAndVerifyLM(TemplateLM):
         if self._user_generate:
             file, name = split_target("custom_generate", self._custom)
             own = {"custom_generate": f"{name} of {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
-        prints = fingerprints(self.checkpoints)
-        files = {role: {name: told for name, *told in found} for role, found in prints.items()}
         return {"family": self.family_name, "decoder": self.decoder_name, **own, "dtype": self._dtype, "seed": self._seed,
-                "checkpoint": dict(self.checkpoints), "options": flat, "file": files, "code version": code_version(self.family_name)}  # fmt: skip
+                "checkpoint": dict(self.checkpoints), "options": flat, "file": files_of(self.checkpoints), "code version": code_version(self._family.folder)}  # fmt: skip
 
     def _key(self, mark: str, request: Instance, seen: Counter) -> str:
         """The name of a text among all that this model could be asked for."""
@@ -444,6 +445,15 @@ class DraftAndVerifyLM(TemplateLM):
                 "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
             }
         }  # fmt: skip
+
+
+def check_same(folder: Path, made_by: dict) -> None:
+    """Raise `UserError`, naming the setting, unless what an earlier run left in ``folder`` was made by the same."""
+    if differ := difference(folder / MADE_BY, made_by):
+        key, now, before = differ
+        raise UserError(
+            f"{key} is {now}; the texts in {str(folder)!r} were made with {before}. Allowed with --resume: the same, or another folder"
+        )
 
 
 def without_neutral(kwargs: dict) -> dict:

@@ -24,7 +24,9 @@ from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_de
 from shared.options import ALIASES, FlatOptions, check, coerce, option
 from shared.output import Completion, Output
 from shared.scripts import tensor_parallel
+from shared.scripts.claims import claimed, join
 from shared.scripts.distributed import World
+from shared.scripts.identity import code_version, files_of, prompts_as_settings
 from shared.scripts.judging import is_solved
 from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
 from shared.scripts.store import Store, check_writable
@@ -370,6 +372,11 @@ class Script:
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
         world = World.from_environment(script.tensor_parallel)
+        with claimed(script.output_dir if world.rank == 0 else None, several=world.size > 1):
+            self.decode_all(script, options, preset, world)
+
+    def decode_all(self, script: ScriptArguments, options, preset: str | None, world: World) -> None:
+        """Load, decode, print."""
         source = self.source(script.model)
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
@@ -418,18 +425,27 @@ class Script:
         beside = self.folder / model
         return str(beside) if not Path(model).exists() and (beside / "config.json").is_file() else model
 
-    def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
-        """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
-        run = {
-            "model": source,
+    def made_by(self, script: ScriptArguments, options, model, prompts, source: str) -> dict:
+        """All that decides what the texts are."""
+        return {
             "decoder": self.title,
             "seed": script.seed,
             "dtype": str(model.dtype)[6:],
             "options": options.to_flat(),
-            "prompts": prompts,
+            "file": files_of({"model": source})["model"],
+            "code version": code_version(self.folder),
+            "prompts": len(prompts),
+            "prompt": prompts_as_settings(prompts),
         }
-        # One process reads the folder, before any writes there.
-        found = world.decided(lambda: found_texts(script, run)) if script.output_dir is not None else {}
+
+    def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
+        """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
+        found, run = {}, None
+        if script.output_dir is not None:
+            run = self.made_by(script, options, model, prompts, source)
+            # One process reads the folder, before any writes there.
+            found = world.decided(lambda: found_texts(script, run))
+            join(script.output_dir)
         results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run, found=found)
         todo = [k for k in world.share(range(len(prompts))) if k not in results.found]
         if results.found and world.rank == 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from shared.errors import UserError
+from shared.scripts.identity import difference, note
 
 
 class Store:
@@ -69,25 +70,18 @@ class Store:
     def _open(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         if self.run is not None:
-            unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
-            unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, self.root / "run.json")
+            note(self.root / "run.json", self.run, self.rank)
         if self.resume and self.path.is_file():
             os.truncate(self.path, len(whole_lines(self.path)))
         self.file = self.path.open("a" if self.resume else "w", encoding="utf-8")
 
     def _check_run(self) -> None:
         """Raise `UserError` if the folder holds results of another run."""
-        settings = self.root / "run.json"
-        try:
-            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
-        except ValueError as error:
+        if differ := difference(self.root / "run.json", self.run):
+            key, now, before = differ
             raise UserError(
-                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
-            ) from error
-        if not same:
-            raise UserError(
-                f"output folder {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+                f"output folder {str(self.root)!r} holds results of other settings: {key} is {now}, there it was {before}. "
+                "Allowed: the same settings, or another folder"
             )
 
 

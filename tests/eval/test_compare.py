@@ -18,7 +18,6 @@ from scipy.stats import binomtest
 from eval import agreement, calibration, compare, plots, results
 from eval.cells import cell_key
 from eval.docs import refreshed
-from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.records import trace_of
 from eval.roofline import Machine
@@ -27,6 +26,7 @@ from sdar import SDARForCausalLM
 from shared.errors import UserError
 from shared.network.sizes import sizes_of
 from shared.output import Completion
+from shared.scripts.identity import fingerprint
 from shared.trace import Spent, Trace, Verify
 
 ROOT = Path(__file__).parents[2]

@@ -17,13 +17,13 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
-from eval.families import fingerprint
 from eval.grid import settings_of
 from eval.model import DraftAndVerifyLM, batch_of
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
 from shared.family import FAMILIES, imported
 from shared.network.loading import load_tokenizer
+from shared.scripts.identity import fingerprint
 from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
