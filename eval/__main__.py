@@ -7,7 +7,13 @@ One flag more than lm-eval's: ``--resume`` goes on with what a killed run of the
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -60,11 +66,22 @@ def predictions_of(output_path: str) -> Path:
     return (path.with_suffix("") if path.suffix == ".json" else path) / "predictions"
 
 
+def told_when_unsaved(record: logging.LogRecord) -> bool:
+    """A filter of lm-eval's log: it would only warn where results cannot be written, and end as if all were well."""
+    if record.msg.startswith("Could not save results"):
+        error = sys.exc_info()[1]
+        raise UserError(
+            f"the results are not saved ({error}). Allowed: the same command with --resume, which decodes nothing again"
+        )
+    return True
+
+
 def main() -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
     setup_logging()
+    logging.getLogger("lm_eval.loggers.evaluation_tracker").addFilter(told_when_unsaved)
     importlib.import_module("lm_eval.models")  # the stock ones: lm-eval looks for them only where no model is known
     importlib.import_module("eval.model")
     importlib.import_module("eval.code_eval").install()

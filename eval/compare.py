@@ -10,6 +10,11 @@ time that a decoder's forwards can take. Then: results.json, results.csv, plots,
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import dataclasses
 import json
@@ -19,18 +24,17 @@ from pathlib import Path
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import rows_of, write_csv
 from eval.roofline import Machine
-from shared.errors import UserError, run_main
+from shared.errors import Parser, UserError, run_main
 from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
+from shared.scripts.files import write_whole
 from shared.scripts.store import Store, records_in
 
 MACHINE = "machine.json"
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("grid", nargs="?", help="a YAML file: see eval/grids, and eval/grid.py for its keys")
     flags.add_argument(
         "--run",
@@ -98,7 +102,7 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
         here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
         bench = Bench(grid, here[0][0], folder, device=device, seed=seed, run_code=run_code)
         if leads and machine_in(folder) is None:
-            (folder / MACHINE).write_text(json.dumps(bench.machine().to_json()) + "\n", encoding="utf-8")
+            write_whole(folder / MACHINE, json.dumps(bench.machine().to_json()) + "\n")
         for setting, asked in here:
             number += 1
             cell = bench.measure(setting, asked)
@@ -145,10 +149,10 @@ def write(grid: Grid, folder: Path, seed: int) -> None:
     about = {"name": grid.name, "about": grid.about, "baseline": grid.baseline, "problems": grid.problems, "seed": seed,
              "finished": f"{len(cells)} of {len(keys)} cells"}  # fmt: skip
     results = {"grid": about, "machine": machine.to_json() if machine else None, "rows": rows}
-    (folder / "results.json").write_text(in_lines(results), encoding="utf-8")
+    write_whole(folder / "results.json", in_lines(results))
     write_csv(folder / "results.csv", rows)
     pictures = plots.draw(results, cells, folder)
-    (folder / "report.html").write_text(page.render(results, cells, pictures), encoding="utf-8")
+    write_whole(folder / "report.html", page.render(results, cells, pictures))
     print(f"{folder}/report.html, results.json, results.csv, {', '.join(p.name for p in pictures.values())}")
 
 

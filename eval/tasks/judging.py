@@ -12,7 +12,7 @@ from shared.scripts import judging, sandbox
 
 
 def load(file: str, **kwargs) -> dict[str, Dataset]:
-    rows = [json.loads(line) for line in (Path(__file__).parent / file).read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()]
     return {"test": Dataset.from_list([{**row, "check": json.dumps(row["check"])} for row in rows])}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from shared.errors import UserError
-from shared.scripts.store import check_writable
+from shared.scripts.files import check_writable
 
 try:
     import fcntl

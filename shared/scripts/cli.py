@@ -26,10 +26,11 @@ from shared.output import Completion, Output
 from shared.scripts import tensor_parallel
 from shared.scripts.claims import claimed, join
 from shared.scripts.distributed import World
+from shared.scripts.files import check_file, check_writable, write_whole
 from shared.scripts.identity import code_version, files_of, prompts_as_settings
 from shared.scripts.judging import is_solved
 from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
-from shared.scripts.store import Store, check_writable
+from shared.scripts.store import Store
 from shared.trace import format_trace
 
 
@@ -65,10 +66,10 @@ class ScriptArguments:
             raise UserError("prompt and prompt_file are both given. Allowed: one of them")
         if self.trace is not None and not Path(self.trace).parent.is_dir():
             raise UserError(f"trace {self.trace!r}: no such folder. Allowed: a file in a folder that is there")
-        if self.trace is not None and Path(self.trace).is_dir():
-            raise UserError(f"trace {self.trace!r} is a folder. Allowed: a file")
         if self.trace is not None:
-            check_writable(Path(self.trace).parent)
+            check_file("trace", self.trace)
+        if self.output_dir == "":
+            raise UserError("output_dir is empty. Allowed: a folder")
         if self.output_dir is not None:
             check_writable(Path(self.output_dir))
         if self.compare and self.tensor_parallel > 1:
@@ -297,7 +298,7 @@ def print_texts(script: ScriptArguments, output: Output, tokenizer, records: Seq
         if script.forward_stats:
             print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n")
     if script.trace is not None:
-        Path(script.trace).write_text(json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
+        write_whole(script.trace, json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
 
 
 def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | None]) -> str:

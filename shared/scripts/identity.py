@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -13,6 +12,7 @@ from pathlib import Path
 import shared
 from shared.errors import UserError
 from shared.network.loading import checkpoint_folder
+from shared.scripts.files import write_whole
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 READ = (
@@ -90,8 +90,6 @@ def _flattened(settings: Mapping, under: str = "") -> Iterator[tuple[str, object
             yield f"{under}{key}", value
 
 
-def note(kept: Path, made_by: Mapping, rank: int = 0) -> None:
-    """Write ``made_by`` to the file ``kept``, whole or not at all."""
-    unfinished = kept.with_name(f"{kept.name}.{rank}")  # a killed run must not leave half of it
-    unfinished.write_text(json.dumps(made_by, default=str, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, kept)
+def note(kept: Path, made_by: Mapping) -> None:
+    """Write ``made_by`` to the file ``kept``."""
+    write_whole(kept, json.dumps(made_by, default=str, indent=1) + "\n")
