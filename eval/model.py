@@ -42,7 +42,7 @@ from shared.scripts.models import (
     network_of,
     other_models,
 )
-from shared.scripts.prompts import spell_out
+from shared.scripts.prompts import check_text, spell_out
 from shared.scripts.store import Store
 
 log = logging.getLogger(__name__)
@@ -399,6 +399,7 @@ class DraftAndVerifyLM(TemplateLM):
         return self.pretrained.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        check_text(string, "a prompt")
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -29,7 +29,7 @@ from shared.scripts.distributed import World
 from shared.scripts.files import check_file, check_writable, write_whole
 from shared.scripts.identity import code_version, files_of, prompts_as_settings
 from shared.scripts.judging import is_solved
-from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
+from shared.scripts.prompts import as_typed, encode_prompt, read_prompt_file, spell_out
 from shared.scripts.store import Store
 from shared.trace import format_trace
 
@@ -211,7 +211,7 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
     if script.prompt_file is not None:
         records = read_prompt_file(script.prompt_file)
     elif script.prompt is not None:
-        records = [{"prompt": script.prompt}]
+        records = [{"prompt": as_typed(script.prompt)}]
     else:
         records = read_prompt_file(demo) if demo.is_file() else [{"prompt": default}]
     try:
