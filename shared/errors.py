@@ -67,11 +67,20 @@ def run_main(main: Callable[[], None]) -> None:
         _fail(str(error))
     except OSError as error:  # a full disk, a file that cannot be read
         _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail(f"out of memory ({error}). Allowed: fewer texts at a time, shorter ones, or a smaller checkpoint")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         if program:
             end_on_interrupt()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Also as torch says it, of a GPU and of a CPU."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _fail(message: str) -> None:

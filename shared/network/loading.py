@@ -19,6 +19,7 @@ from shared.errors import UserError
 from shared.family import shipped_folder, shipped_names
 from shared.network.configuration import DTYPES, DecoderConfig, named_dtype
 from shared.network.kv_cache import BlockCache
+from shared.network.memory import bytes_of, check_room
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
@@ -186,6 +187,34 @@ def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mappin
             raise UserError(f"{folder}: {key} is {list(found[key])}, the config asks for {list(shape)}")
 
 
+def check_layers(folder: Path, config: DecoderConfig) -> None:
+    """Raise `UserError` where the config asks for more layers than the weight files have tensors: such a network is not even begun."""
+    found = 0
+    with _naming_damage(folder):
+        for shard in _shards(folder):
+            with safe_open(shard, framework="pt") as file:
+                found += len(file.keys())
+    if config.num_hidden_layers > found:
+        name = config.name_of("num_hidden_layers")
+        raise UserError(
+            f"{folder}: config.json has {name} {config.num_hidden_layers}, the weight files hold {found} tensors. Allowed: as many layers as they hold"
+        )
+
+
+def on_meta(kind: type[CheckpointModel], config: DecoderConfig, where: str) -> CheckpointModel:
+    """The network without its weights; `UserError` for sizes beyond what torch can count."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: no network can be made of this config ({_reason(error)})") from error
+
+
+def network_bytes(model: nn.Module) -> int:
+    """Of its parameters and buffers."""
+    return bytes_of([*model.parameters(), *model.buffers()])
+
+
 class CheckpointModel(nn.Module):
     """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``, the special ids of the family's released
     checkpoints, ``checkpoint_keys`` where these name things otherwise, and ``divides`` where `shared.scripts.tensor_parallel` cannot cut them.
@@ -256,6 +285,7 @@ class CheckpointModel(nn.Module):
             raise UserError(f"{folder}: config.json cannot be used ({_reason(error)})") from error
         if problem := config.problem():
             raise UserError(f"{folder}: {problem}")
+        check_layers(folder, config)
         return folder, config
 
     @classmethod
@@ -273,13 +303,15 @@ class CheckpointModel(nn.Module):
         device = resolve_device(device)
         folder, config = cls.read_config(path_or_id)
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
+        model = on_meta(cls, config, str(folder)).to(dtype)
         tied = config.tie_word_embeddings and _HEAD in model.state_dict()
         if tied:
             model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         shards = checked_shards(folder, shapes, [_HEAD] if tied else [], cls.checkpoint_key)
+        check_room(
+            f"{folder}: the network", network_bytes(model), device, "a smaller checkpoint, or another device or dtype"
+        )
         model.to_empty(device=device)
         # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
         targets = model.state_dict()
