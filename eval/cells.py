@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -27,23 +28,81 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 OFFLINE = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 
 
-class Bench:
-    """Measures cells of one family's checkpoints; its predictions go under ``folder``."""
+class Tasks:
+    """The tasks of a grid, each loaded once."""
 
-    def __init__(self, grid: Grid, first: Setting, folder: Path, *, device: str, seed: int, run_code: bool):
+    def __init__(self, grid: Grid):
         from lm_eval.tasks import TaskManager
 
         code_eval.install()
-        self.grid, self.folder, self.seed, self.run_code = grid, folder, seed, run_code
+        self.num_fewshot = grid.num_fewshot
+        others = any(a.task not in OFFLINE for a in grid.tasks)
+        self.manager = TaskManager(include_path=str(TASKS), include_defaults=others)
+        self._loaded: dict[str, dict] = {}
+
+    def load(self, asked: Asked) -> dict:
+        """The task with the grid's number of examples in its prompts; `UserError` where there is none, or several."""
+        if asked.task not in self._loaded:
+            loaded = self._read(asked.task)
+            if len(loaded["tasks"]) != 1:
+                raise UserError(
+                    f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
+                )
+            for task in loaded["tasks"].values():
+                own = task.get_config("num_fewshot")
+                if own is None or (self.num_fewshot is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._loaded[asked.task] = loaded
+        return self._loaded[asked.task]
+
+    def _read(self, name: str) -> dict:
+        if name not in self.manager.all_tasks:
+            near = difflib.get_close_matches(name, self.manager.all_tasks, n=2, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise UserError(f"unknown task {name!r}{hint} Allowed: {', '.join(OFFLINE)}, and the tasks of lm-eval")
+        try:
+            with quiet():
+                return self.manager.load([name])
+        except Exception as error:  # of its data, its YAML, the hub
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"task {name!r} cannot be loaded ({reason}). Allowed: a task whose data is at hand"
+            ) from error
+
+    def check(self, asked: Asked, run_code: bool) -> None:
+        """Raise `UserError` for a task that could not be judged in the end."""
+        (task,) = self.load(asked)["tasks"].values()
+        if getattr(task, "UNSAFE_CODE", False) and not run_code:
+            raise UserError(
+                f"task {asked.task!r} runs model-written code. Allowed: --confirm_run_unsafe_code, or other tasks"
+            )
+        metric, _, chosen = (asked.metric or "").partition(",")
+        filters = [f.name for f in getattr(task, "_filters", ())] or ["none"]
+        if chosen and chosen not in filters:
+            raise unknown_name("filter of metric", chosen, filters)
+        if metric and metric not in task.aggregation():
+            raise unknown_name("metric", metric, task.aggregation())
+
+    def generation(self, asked: Asked) -> dict | None:
+        """What the task asks of generation; None where it only scores."""
+        (task,) = self.load(asked)["tasks"].values()
+        return dict(task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == "generate_until" else None
+
+
+class Bench:
+    """Measures cells of one family's checkpoints; its predictions go under ``folder``."""
+
+    def __init__(
+        self, grid: Grid, first: Setting, folder: Path, tasks: Tasks, *, device: str, seed: int, run_code: bool
+    ):
+        self.tasks, self.grid, self.folder, self.seed, self.run_code = tasks, grid, folder, seed, run_code
         roles = dict(first.checkpoints)
         self.checkpoints, source = dict(roles), roles.pop(family_named(first.family).first)
         self.lm = DraftAndVerifyLM(
             source, first.family, first.decoder, dtype=grid.dtype, device=device, batch_size=grid.batch_size,
             seed=seed, traces=True, **roles,
         )  # fmt: skip
-        others = any(a.task not in OFFLINE for a in grid.tasks)
-        self.tasks = TaskManager(include_path=str(TASKS), include_defaults=others)
-        self._loaded: dict[str, dict] = {}
         self._baselines: dict[str, dict[int, list[int]]] = {}
 
     def measure(self, setting: Setting, asked: Asked) -> dict | None:
@@ -74,26 +133,10 @@ class Bench:
 
         with quiet():
             found = evaluate(
-                lm=self.lm, task_dict=self._load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
+                lm=self.lm, task_dict=self.tasks.load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
             )  # fmt: skip
         return None if found is None else found["samples"][asked.task]
-
-    def _load(self, asked: Asked) -> dict:
-        """The task with the grid's number of examples in its prompts."""
-        if asked.task not in self._loaded:
-            loaded = self.tasks.load([asked.task])
-            if len(loaded["tasks"]) != 1:
-                raise UserError(
-                    f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
-                )
-            for task in loaded["tasks"].values():
-                asked_for, own = self.grid.num_fewshot, task.get_config("num_fewshot")
-                if own is None or (asked_for is not None and own != 0):
-                    task.set_config(key="num_fewshot", value=asked_for or 0)
-                task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            self._loaded[asked.task] = loaded
-        return self._loaded[asked.task]
 
     def _baseline(self, asked: Asked) -> dict[int, list[int]]:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""

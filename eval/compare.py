@@ -20,15 +20,22 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import rows_of, write_csv
 from eval.roofline import Machine
 from shared.errors import Parser, UserError, run_main
+from shared.family import family_named
+from shared.network.loading import load_tokenizer
 from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
 from shared.scripts.files import write_whole
+from shared.scripts.models import check_models
 from shared.scripts.store import Store, records_in
+
+if TYPE_CHECKING:
+    from eval.cells import Tasks
 
 MACHINE = "machine.json"
 
@@ -89,7 +96,30 @@ def grid_from(args: argparse.Namespace) -> Grid:
     return grid.only(args.only) if args.only else grid
 
 
-def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool) -> None:
+def check(grid: Grid, tasks: Tasks, *, device: str, run_code: bool) -> None:
+    """Raise `UserError` for whatever would stop the comparison later: tasks, metrics, checkpoints, options that do not fit them."""
+    from eval.model import DTYPES, prompt_room, without_neutral
+
+    for asked in grid.tasks:
+        tasks.check(asked, run_code)
+    generations = [g for g in map(tasks.generation, grid.tasks) if g is not None]
+    known: dict[str, tuple] = {}
+    for setting in grid.settings:
+        family = family_named(setting.family)
+        if (name := str(setting.checkpoints)) not in known:
+            source, dtype = setting.checkpoints[family.first], DTYPES.get(grid.dtype, grid.dtype)
+            model = check_models(family, setting.checkpoints, dtype=dtype, device=device)[family.first]
+            known[name] = model, load_tokenizer(source)
+            if grid.chat and not known[name][1].chat_template:
+                raise UserError(f"{source} has no chat template. Allowed: one with it, or chat: false in the grid")
+        model, tokenizer = known[name]
+        for generation in generations:
+            flat = setting.resolved(without_neutral(generation))
+            prompt_room(flat, model.config)
+            model.special_ids(flat.get("mask_id"), flat.get("stopping_criteria_idx"), tokenizer)
+
+
+def measure(grid: Grid, folder: Path, tasks: Tasks, *, device: str, seed: int, run_code: bool) -> None:
     """Measure what is missing in ``folder``, baselines first, one checkpoint after the other."""
     from eval.cells import Bench, cell_key
 
@@ -100,7 +130,7 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
     number = 0
     for family, checkpoint in dict.fromkeys((s.family, s.checkpoint) for s, _ in todo):
         here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
-        bench = Bench(grid, here[0][0], folder, device=device, seed=seed, run_code=run_code)
+        bench = Bench(grid, here[0][0], folder, tasks, device=device, seed=seed, run_code=run_code)
         if leads and machine_in(folder) is None:
             write_whole(folder / MACHINE, json.dumps(bench.machine().to_json()) + "\n")
         for setting, asked in here:
@@ -169,9 +199,14 @@ def main(argv: list[str] | None = None) -> None:
     grid = grid_from(args)
     folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))
     world = World.from_environment()
+    if not args.report:
+        from eval.cells import Tasks
+
+        tasks, asked = Tasks(grid), {"device": args.device, "run_code": args.confirm_run_unsafe_code}
+        world.decided(lambda: check(grid, tasks, **asked))
     with claimed(folder if world.rank == 0 else None, several=world.size > 1):
         if not args.report:
-            measure(grid, folder, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
+            measure(grid, folder, tasks, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
         if world.rank == 0:
             write(grid, folder, args.seed)
 

@@ -313,17 +313,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def _fit(self, ids: list[int], options, limit: int | None = None) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
-        flat, config = as_flat(options), self.model.config
-        new, length = flat["max_new_tokens"], flat.get("block_length")
-        length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
-        room = self.max_length // length * length - new
-        if limit is not None and limit - new < 1:
-            raise UserError(
-                f"max_length is {limit} with max_new_tokens {new}. Allowed: more, so that a prompt has room"
-            )
-        room = room if limit is None else min(room, limit - new)
-        if room < 1:
-            raise UserError(f"max_new_tokens is {new}. Allowed: less than the model's {self.max_length} positions")
+        room = prompt_room(as_flat(options), self.model.config, limit)
         if len(ids) > room:
             log.warning("a prompt of %d tokens is cut to its last %d", len(ids), room)
         return ids[-room:]
@@ -473,6 +463,21 @@ def batch_of(asked, most) -> int:
     if most is not None and not (str(most).isdigit() and int(most)):
         raise UserError(f"max_batch_size is {most!r}. Allowed: a number of at least 1")
     return min(AUTO_BATCH if auto else int(asked or 1), int(most or AUTO_BATCH) if auto else int(asked or 1))
+
+
+def prompt_room(flat: dict, config, limit: int | None = None) -> int:
+    """How many tokens a prompt may have beside an answer by the options ``flat``; `UserError` where there is no room."""
+    new, length = flat["max_new_tokens"], flat.get("block_length")
+    length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
+    room = config.max_position_embeddings // length * length - new
+    if limit is not None and limit - new < 1:
+        raise UserError(f"max_length is {limit} with max_new_tokens {new}. Allowed: more, so that a prompt has room")
+    room = room if limit is None else min(room, limit - new)
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens is {new}. Allowed: less than the model's {config.max_position_embeddings} positions"
+        )
+    return room
 
 
 def as_flat(options) -> dict:

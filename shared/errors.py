@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """An error for a name that is not among ``allowed``, with the nearest ones suggested."""
-    allowed = list(dict.fromkeys(allowed))
+    name, allowed = str(name), list(dict.fromkeys(allowed))
     near = difflib.get_close_matches(name, allowed, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     return UserError(f"unknown {kind} {name!r}{hint} Allowed: {', '.join(allowed)}")

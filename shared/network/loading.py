@@ -301,6 +301,26 @@ class CheckpointModel(nn.Module):
         ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU); ``device="auto"`` is the GPU when there is one.
         """
         device = resolve_device(device)
+        model, shards, tied = cls._planned(path_or_id, dtype, device)
+        model.to_empty(device=device)
+        # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
+        targets = model.state_dict()
+        for key, tensor in read_tensors(shards, targets, rename=cls.checkpoint_key):
+            targets[key].copy_(tensor)
+        if tied:
+            model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
+        return model.eval().requires_grad_(False)
+
+    @classmethod
+    def check_pretrained(
+        cls, path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    ) -> CheckpointModel:
+        """Raise the `UserError` that `from_pretrained` would, without reading a weight; the network on meta."""
+        return cls._planned(path_or_id, dtype, resolve_device(device))[0]
+
+    @classmethod
+    def _planned(cls, path_or_id: str | Path, dtype: torch.dtype | str, device: torch.device) -> tuple:
+        """``(network on meta, weight files, is its head the embedding?)``, checked."""
         folder, config = cls.read_config(path_or_id)
         dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
         model = on_meta(cls, config, str(folder)).to(dtype)
@@ -309,18 +329,10 @@ class CheckpointModel(nn.Module):
             model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
         shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         shards = checked_shards(folder, shapes, [_HEAD] if tied else [], cls.checkpoint_key)
-        check_room(
-            f"{folder}: the network", network_bytes(model), device, "a smaller checkpoint, or another device or dtype"
-        )
-        model.to_empty(device=device)
-        # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
-        targets = model.state_dict()
-        for key, tensor in read_tensors(shards, targets, rename=cls.checkpoint_key):
-            targets[key].copy_(tensor)
-        if tied:
-            model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
+        allowed = "a smaller checkpoint, or another device or dtype"
+        check_room(f"{folder}: the network", network_bytes(model), device, allowed)
         model.folder = folder
-        return model.eval().requires_grad_(False)
+        return model, shards, tied
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads. ``dtype`` is that of the weights; buffers keep theirs."""
