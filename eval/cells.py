@@ -110,7 +110,9 @@ class Bench:
         key = cell_key(self.grid, setting, asked, self.seed)
         self.lm.use(setting.decoder, setting.preset, **setting.options)
         self.lm.keep(self.folder / "predictions" / key, resume=True)
+        before = Counter(self.lm.deaths)
         samples = self._evaluate(asked, self.grid.problems)
+        died = dict(Counter(self.lm.deaths) - before)
         records, lossless = {r["doc"]: r for r in sorted(self.lm.spent, key=lambda r: r["key"])}, self.lm.lossless
         if setting.name == self.grid.baseline:
             self._baselines[asked.task] = {doc: r["ids"] for doc, r in records.items()}
@@ -119,7 +121,7 @@ class Bench:
             estimators = self._estimators(setting, asked)  # every process takes part
         if samples is None:
             return None
-        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records)}
+        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records), "died": died}
         cell |= spent(records, self.lm.sizes) | traced(records, self._baseline(asked))
         cell |= lossless_as_json(lossless) | {"where": self._where()}
         cell["calibration"] |= estimators

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
 from shared.scripts.files import write_whole
 from shared.scripts.models import check_models
+from shared.scripts.sandbox import told
 from shared.scripts.store import Store, records_in
 
 if TYPE_CHECKING:
@@ -150,10 +152,11 @@ def machine_in(folder: Path) -> Machine | None:
 
 def line_of(cell: dict) -> str:
     """A cell in one line, printed as it finishes."""
-    count, tokens = len(cell["docs"]), max(1, sum(cell["tokens"]))
+    count, tokens, died = len(cell["docs"]), max(1, sum(cell["tokens"])), Counter(cell.get("died")).elements()
     return (
         f"{cell['family']} {cell['task']} {cell['setting']}: {100 * sum(cell['values']) / count:.1f} % of {count}, "
         f"{sum(cell['forwards'].values()) / tokens:.3f} forwards/token, {cell['seconds']:.1f} s"
+        + "".join(f"; {said}" for said in [told(died)] if said)
     )
 
 

@@ -21,16 +21,19 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from eval import shares
 from eval.families import decoder_in_file, family_of_class, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
+from eval.shares import filled, is_stand_in
 from shared.decode.calls import Stop
 from shared.decode.stop_strings import StopStrings
 from shared.errors import UserError, unknown_name
 from shared.family import Network, family_named, imported
-from shared.network.loading import load_tokenizer
+from shared.network.loading import checkpoint_folder, load_tokenizer
 from shared.network.sizes import sizes_of
 from shared.options import ALIASES, coerce
 from shared.output import Lossless, Output
+from shared.scripts import sandbox
 from shared.scripts.claims import check_fresh, claim, join, release
 from shared.scripts.distributed import World
 from shared.scripts.identity import code_version, difference, files_of, note
@@ -76,13 +79,12 @@ class DraftAndVerifyLM(TemplateLM):
             )
         if trust_remote_code:
             log.warning("trust_remote_code is ignored: the code of this repository is used")
-        if revision not in (None, "main"):
-            raise UserError(
-                f"revision is {revision!r}. Allowed: main; of another one, pretrained=FOLDER of its snapshot"
-            )
         self.batch_size = batch_of(batch_size, max_batch_size)
         self._thinking = None if enable_thinking is None else coerce("enable_thinking", enable_thinking, bool)
         dtype = DTYPES.get(dtype, dtype)
+        self.pretrained = str(pretrained)
+        if revision not in (None, "main"):  # main is what is there without it
+            pretrained = str(checkpoint_folder(pretrained, str(revision)))
         self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
         roles = {role: options.pop(role) for role in self._family.networks if role in options}
         self.checkpoints = checkpoints_of(self._family, pretrained, roles)
@@ -90,6 +92,8 @@ class DraftAndVerifyLM(TemplateLM):
             self.decoder_name, preset, gen_kwargs, **options
         )  # what is wrong with it is told before anything is loaded
         world = World.from_environment()
+        if world.size > 1:
+            shares.install()
         self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
         self._store, self._dtype = Store(None, "predictions", "key"), str(dtype)
         self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
@@ -98,8 +102,8 @@ class DraftAndVerifyLM(TemplateLM):
         self.model, source = self.models[self._family.first], self.checkpoints[self._family.first]
         self._device, self.tokenizer = self.model.device, load_tokenizer(source)
         self.sizes = {role: sizes_of(model) for role, model in self.models.items()}  # a lane has the name of its role
-        self.pretrained = str(pretrained)
         self._traces = bool(traces)
+        self._deaths: list[str] = []
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
@@ -208,6 +212,8 @@ class DraftAndVerifyLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         groups: dict[str, list[int]] = {}
         for k, request in enumerate(requests):
+            if is_stand_in(request):
+                continue
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(k)
         seen, texts = Counter(), [""] * len(requests)
         for members in groups.values():
@@ -411,15 +417,23 @@ class DraftAndVerifyLM(TemplateLM):
         return tensor.reshape(1).repeat(self._world_size)
 
     def gather_object(self, obj, dst: int = 0):
-        parts = _collect((obj, self.spent), self._world_size)
-        self.spent = list({r["key"]: r for _, spent in parts for r in spent}.values())
-        return [o for o, _ in parts] if self._rank == dst else None
+        parts = _collect((obj, self.spent, sandbox.DEATHS), self._world_size)
+        self.spent = list({r["key"]: r for _, spent, _ in parts for r in spent}.values())
+        self._deaths = [how for *_, deaths in parts for how in deaths]
+        return filled([o for o, *_ in parts]) if self._rank == dst else None
+
+    @property
+    def deaths(self) -> list[str]:
+        """How the programs died that took their interpreter with them, in all processes (see `shared.scripts.sandbox.solves`)."""
+        return sandbox.DEATHS if self._world_size == 1 else self._deaths
 
     def barrier(self) -> None:
         _collect(None, self._world_size)
 
     def get_model_info(self) -> dict:
         """For the results file: every option of every task, and what was spent."""
+        if self.deaths and self._rank == 0:
+            log.warning(sandbox.told(self.deaths))
         forwards, lanes = Counter(), lanes_of(self.spent)
         for record in self.spent:
             forwards.update(record["forwards"])
@@ -433,7 +447,7 @@ class DraftAndVerifyLM(TemplateLM):
                 "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent), "forwards": dict(forwards),
                 "lane_forwards": {lane: sum(s.forwards for s in kinds.values()) for lane, kinds in lanes.items()},
                 "mean_acceptance_length": gained / verifies if verifies else None,
-                "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
+                "programs_died": dict(Counter(self.deaths)), "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
             }
         }  # fmt: skip
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from shared.errors import Parser, UserError, run_main
 from shared.family import FAMILIES, Family, family_named
 from shared.network.loading import load_tokenizer, resolve_device
+from shared.scripts import sandbox
 from shared.scripts.files import check_writable
 from shared.scripts.models import checkpoints_of, family_of_checkpoint, load_models
 
@@ -117,6 +118,8 @@ def run_probe(args: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer(checkpoints[family.first])
     rows = probe(family, models, tokenizer, count=args.count, seed=args.seed, run_code=args.run_code)
     print(table(rows))
+    if said := sandbox.told(sandbox.DEATHS):
+        print(said)
     return {"model": args.model, "family": family.name, "count": args.count, "seed": args.seed, "rows": rows}
 
 

@@ -16,10 +16,12 @@ def load(file: str, **kwargs) -> dict[str, Dataset]:
     return {"test": Dataset.from_list([{**row, "check": json.dumps(row["check"])} for row in rows])}
 
 
-@lru_cache(maxsize=65536)
+# Decoders often write the same program; it is run once.
+_verdict = lru_cache(maxsize=65536)(sandbox.run)
+
+
 def _passes(program: str) -> bool:
-    """Decoders often write the same program; it is run once."""
-    return sandbox.run(program).passed
+    return sandbox.solves(_verdict(program))
 
 
 def judge(doc: dict, results: list[str]) -> dict[str, float]:

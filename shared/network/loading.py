@@ -29,12 +29,14 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
-def checkpoint_folder(path_or_id: str | Path) -> Path:
+def checkpoint_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """A local checkpoint folder, else the folder of a shipped checkpoint (``SDAR/tiny``); a hub id (``organisation/name``) is downloaded into the
-    Hugging Face cache first."""
+    Hugging Face cache first, at a ``revision`` (a branch, a tag, a commit) where one is given. A folder has none."""
     if not str(path_or_id).strip():
         raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
     folder = Path(path_or_id)
+    if revision is not None and (folder.is_dir() or shipped_folder(str(path_or_id)) is not None):
+        raise UserError(f"revision is {revision!r}, but {str(path_or_id)!r} is a folder. Allowed: with a hub id alone")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model {str(path_or_id)!r}: the folder has no config.json")
@@ -50,9 +52,12 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
-        raise UserError(f"model {name!r}: not a folder here, and the hub did not give it ({_reason(error)})") from error
+        of = "" if revision is None else f" of revision {revision!r}"
+        raise UserError(
+            f"model {name!r}: not a folder here, and the hub did not give it{of} ({_reason(error)})"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

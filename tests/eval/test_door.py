@@ -421,6 +421,36 @@ def test_code_eval_is_run_here():
     assert results == {0: [True, False]}
 
 
+def test_a_revision_of_a_hub_id_is_loaded(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["revision"])) or TINY
+    )
+    lm = DraftAndVerifyLM(pretrained="some/model", revision="v2")
+    assert asked == [("some/model", "v2")]
+    assert (lm.pretrained, lm.checkpoints) == ("some/model", {"model": TINY})
+
+
+def test_programs_that_died_are_told_apart(monkeypatch, caplog):
+    """A death is no failed test: it is counted, warned about, and in the results file."""
+    deaths = []
+    monkeypatch.setattr("shared.scripts.sandbox.DEATHS", deaths)
+    programs = [
+        "assert False",
+        "import os\nos._exit(0)",
+        "import ctypes\nctypes.string_at(0)",
+        "import os\nos._exit(0)",
+    ]
+    found, results = code_eval.CodeEval().compute(["x = 1"] * 4, [[p] for p in programs])
+    assert (found, results) == ({"pass@1": 0.0}, {k: [False] for k in range(4)})
+    assert sorted(deaths) == ["SIGSEGV", "exit code 0", "exit code 0"]
+    info = DraftAndVerifyLM(pretrained=TINY).get_model_info()["decoding"]
+    assert info["programs_died"] == {"exit code 0": 2, "SIGSEGV": 1}
+    assert "3 programs died with their interpreter (2 x exit code 0, 1 x SIGSEGV), counted as not solved" in caplog.text
+
+
 def test_public_code_tasks_are_judged_here(monkeypatch):
     """lm-eval's own humaneval and mbpp, whose metric would come from a hub."""
     import evaluate
