@@ -85,10 +85,12 @@ def main() -> None:
     importlib.import_module("lm_eval.models")  # the stock ones: lm-eval looks for them only where no model is known
     importlib.import_module("eval.model")
     importlib.import_module("eval.code_eval").install()
+    early = importlib.import_module("eval.early")
+    early.install()
     resume = "--resume" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--resume"]
     cli = HarnessCLI()
-    args = cli.parse_args()
+    args = early.in_one_line(cli.parse_args)()
     if getattr(args, "command", None) == "run":
         args.resume = resume
         args = prepared(args)

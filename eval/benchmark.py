@@ -280,29 +280,31 @@ def check(args) -> None:
         users_own(args.vs, "vs")
 
 
+def parser() -> argparse.ArgumentParser:
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
+    flags.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
+    flags.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")
+    flags.add_argument("--accept", type=int, help="accept this many tokens of every verified span, by script")
+    flags.add_argument("--block_length", type=int, help="default: the family's")
+    flags.add_argument("--context", type=int, default=512)
+    flags.add_argument("--new_tokens", type=int, default=256)
+    flags.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    flags.add_argument("--prefill", type=int, default=2048)
+    flags.add_argument("--device", default="auto")
+    flags.add_argument("--dtype", default="auto")
+    flags.add_argument("--fast", type=true_or_false, help="true or false; default: where it can run")
+    flags.add_argument("--graphs", type=true_or_false, help="true or false; default: where it can run")
+    flags.add_argument("--decodes", type=true_or_false, default=True, help="true or false: time decodes too")
+    flags.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
+    flags.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
+    flags.add_argument("--profile", help="write kernel names and times of one speculative step at batch 1 to this file")
+    flags.add_argument("--json", help="also write the result to this file")
+    return flags
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
-    parser.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
-    parser.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")
-    parser.add_argument("--accept", type=int, help="accept this many tokens of every verified span, by script")
-    parser.add_argument("--block_length", type=int, help="default: the family's")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--new_tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prefill", type=int, default=2048)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--fast", type=true_or_false, help="true or false; default: where it can run")
-    parser.add_argument("--graphs", type=true_or_false, help="true or false; default: where it can run")
-    parser.add_argument("--decodes", type=true_or_false, default=True, help="true or false: time decodes too")
-    parser.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
-    parser.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
-    parser.add_argument(
-        "--profile", help="write kernel names and times of one speculative step at batch 1 to this file"
-    )
-    parser.add_argument("--json", help="also write the result to this file")
-    return parser.parse_args(argv)
+    return parser().parse_args(argv)
 
 
 def load(args, family: Family) -> dict[str, CheckpointModel]:

@@ -57,8 +57,9 @@ class Tasks:
         return self._loaded[asked.task]
 
     def _read(self, name: str) -> dict:
-        if name not in self.manager.all_tasks:
-            near = difflib.get_close_matches(name, self.manager.all_tasks, n=2, cutoff=0.6)
+        known = [task for task in self.manager.all_tasks if isinstance(task, str)]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise UserError(f"unknown task {name!r}{hint} Allowed: {', '.join(OFFLINE)}, and the tasks of lm-eval")
         try:

@@ -28,7 +28,7 @@ from eval.results import rows_of, write_csv
 from eval.roofline import Machine
 from shared.errors import Parser, UserError, run_main
 from shared.family import family_named
-from shared.network.loading import load_tokenizer
+from shared.network.loading import load_tokenizer, read_json
 from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
 from shared.scripts.files import write_whole
@@ -147,7 +147,12 @@ def measure(grid: Grid, folder: Path, tasks: Tasks, *, device: str, seed: int, r
 def machine_in(folder: Path) -> Machine | None:
     """The machine of a comparison, as its first run measured it; floors of all its cells are floors on it."""
     path = folder / MACHINE
-    return Machine.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Machine.from_json(read_json(path))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}). Allowed: another folder, or without this file") from error
 
 
 def line_of(cell: dict) -> str:

@@ -107,7 +107,7 @@ def read_grid(path: str | Path) -> Grid:
     """The grid of a file; `UserError` for what cannot be."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"grid {str(path)!r} cannot be read ({' '.join(str(error).split())}). Allowed: a YAML file"
         ) from error
@@ -121,7 +121,8 @@ def grid_of(data: dict) -> Grid:
     for key in data:
         if key not in _GRID_KEYS:
             raise unknown_name("key of a grid", str(key), _GRID_KEYS)
-    data = data | {key: checked_field(key, data[key]) for key in _FIELDS if key in data}
+    data = {"name": "comparison"} | data
+    data |= {key: checked_field(key, data[key]) for key in _FIELDS if key in data}
     runs, asked = (items_of(key, data.get(key)) for key in ("runs", "tasks"))
     settings = tuple(s for run in runs for s in settings_of(run))
     tasks = tuple(map(asked_of, asked))
@@ -233,6 +234,14 @@ def _filled(pattern: str, words: dict) -> str:
         ) from None
 
 
+def value_of(key: str, word: str) -> object:
+    """A word of a command line as YAML reads it."""
+    try:
+        return yaml.safe_load(word)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{key} of a run is {word!r}. Allowed: a number, a word, true or false") from error
+
+
 def run_of_flag(text: str) -> dict:
     """``family=SDAR,decoder=ssd_policy,block_length=8/16`` as a run of a grid; values between slashes are swept."""
     pairs = {}
@@ -247,6 +256,6 @@ def run_of_flag(text: str) -> dict:
         if key in roles or key in ("family", "decoder", "name", "group", "pretrained", "preset"):
             run[key] = value
         else:
-            values = [yaml.safe_load(v) for v in value.split("/")]
+            values = [value_of(key, v) for v in value.split("/")]
             run["options"][key] = values if len(values) > 1 else values[0]
     return run

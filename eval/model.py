@@ -45,7 +45,7 @@ from shared.scripts.models import (
     network_of,
     other_models,
 )
-from shared.scripts.prompts import check_text, spell_out
+from shared.scripts.prompts import check_text, spell_out, templated
 from shared.scripts.store import Store
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class DraftAndVerifyLM(TemplateLM):
         world = World.from_environment()
         if world.size > 1:
             shares.install()
-        self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
+        self._rank, self._world_size, self._seed = world.rank, world.size, coerce("seed", seed, int)
         self._store, self._dtype = Store(None, "predictions", "key"), str(dtype)
         self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
         device = world.device(device or "auto")
@@ -404,8 +404,8 @@ class DraftAndVerifyLM(TemplateLM):
                 f"{self.pretrained} has no chat template. Allowed: a checkpoint with one, or no --apply_chat_template"
             )
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, **thinking, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        return templated(
+            self.tokenizer, chat_history, **thinking, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )  # fmt: skip
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

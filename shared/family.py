@@ -79,7 +79,7 @@ class Decoder:
 
     def preset(self, name: str) -> dict:
         presets = imported(self.presets)
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise unknown_name("preset", name, presets)
         return presets[name]
 

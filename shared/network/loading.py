@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +403,9 @@ def load_tokenizer(path_or_id: str | Path):
     backend = saved.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
     kind = PreTrainedTokenizerFast if backend else AutoTokenizer
     try:
-        return kind.from_pretrained(folder, trust_remote_code=False, **renamed)
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, **renamed)
+        tokenizer.decode(tokenizer("a word")["input_ids"], skip_special_tokens=True)
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
 
@@ -428,7 +431,11 @@ def special_ids(
     mask = _mask_id(mask_id, config, tokenizer, family_mask)
     if stop_ids is None:
         stop_ids = _stop_ids(mask, config, folder, tokenizer, [i for i in family_stop if i < vocab_size])
-    stops = tuple(int(i) for i in stop_ids)
+    stops = tuple(stop_ids)
+    for value in stops:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise UserError(f"stop ids hold {value!r} (generation config, config or tokenizer). Allowed: whole numbers")
+    stops = tuple(map(int, stops))
     for field, value in [("mask_id", mask), *(("stopping_criteria_idx", i) for i in stops)]:
         if not 0 <= value < vocab_size:
             raise UserError(f"{field} {value} is outside the vocabulary. Allowed: 0 to {vocab_size - 1}")

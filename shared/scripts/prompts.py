@@ -92,8 +92,19 @@ def encode_prompt(tokenizer, record: dict, *, chat: bool = True) -> list[int]:
         return tokenizer("\n".join(m["content"] for m in messages), add_special_tokens=False)["input_ids"]
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; --no_chat sends the prompt as it is")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = templated(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def templated(tokenizer, messages: list[dict], **how) -> str:
+    """``messages`` through the chat template; `UserError` where it refuses them, or is damaged."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except Exception as error:  # of jinja2, or what a template raises
+        reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+        raise UserError(
+            f"the chat template fails ({reason}). Allowed: messages that it takes, or none (--no_chat)"
+        ) from error
 
 
 def spell_out(tokenizer, ids: list[int], mask_id: int) -> list[int]:
