@@ -107,7 +107,7 @@ def read_grid(path: str | Path) -> Grid:
     """The grid of a file; `UserError` for what cannot be."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"grid {str(path)!r} cannot be read ({' '.join(str(error).split())}). Allowed: a YAML file"
         ) from error

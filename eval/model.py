@@ -81,7 +81,7 @@ class DraftAndVerifyLM(TemplateLM):
             log.warning("trust_remote_code is ignored: the code of this repository is used")
         self.batch_size = batch_of(batch_size, max_batch_size)
         self._thinking = None if enable_thinking is None else coerce("enable_thinking", enable_thinking, bool)
-        dtype = DTYPES.get(dtype, dtype)
+        dtype = DTYPES.get(str(dtype), dtype)
         self.pretrained = str(pretrained)
         if revision not in (None, "main"):  # main is what is there without it
             pretrained = str(checkpoint_folder(pretrained, str(revision)))

@@ -33,6 +33,8 @@ PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 def checkpoint_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """A local checkpoint folder, else the folder of a shipped checkpoint (``SDAR/tiny``); a hub id (``organisation/name``) is downloaded into the
     Hugging Face cache first, at a ``revision`` (a branch, a tag, a commit) where one is given. A folder has none."""
+    if not isinstance(path_or_id, str | Path):
+        raise UserError(f"model is {path_or_id!r}. Allowed: a checkpoint folder, one that ships here, a hub id")
     if not str(path_or_id).strip():
         raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
     folder = Path(path_or_id)
