@@ -109,3 +109,21 @@ def test_a_decode_that_does_not_fit(checkpoint, options, message, monkeypatch):
     model = SDARForCausalLM.from_pretrained(edited(checkpoint, max_position_embeddings=10**13))
     with pytest.raises(UserError, match=rf"({message}).* needs \d+ bytes .* Allowed: fewer texts at a time"):
         block_diffusion_generate(model, [[1, 2, 3]], **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_that_is_too_small():
+    device = torch.device("cuda")
+    free = free_bytes(device)
+    assert 0 < free <= torch.cuda.get_device_properties(device).total_memory
+    with pytest.raises(UserError, match=r"it needs \d+ bytes .* cuda has \d+ "):
+        check_room("it", 2 * free, device, "less")
+    model = SDARForCausalLM.from_pretrained("SDAR/tiny", device=device)
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(UserError, match="the cache of 1000000 texts"):
+        model.new_cache(1_000_000, 2048)
+    assert torch.cuda.memory_allocated() == before
+    kept = torch.empty(free // 2, dtype=torch.uint8, device=device)
+    del kept
+    assert free_bytes(device) > free // 2 + (1 << 26), "what torch keeps for later is free"
