@@ -27,7 +27,7 @@ from eval.records import lanes_of, lossless_as_json, record_of
 from eval.shares import filled, is_stand_in
 from shared.decode.calls import Stop
 from shared.decode.stop_strings import StopStrings
-from shared.errors import UserError, unknown_name
+from shared.errors import ToldElsewhere, UserError, unknown_name
 from shared.family import Network, family_named, imported
 from shared.network.loading import checkpoint_folder, load_tokenizer
 from shared.network.sizes import sizes_of
@@ -125,7 +125,7 @@ class DraftAndVerifyLM(TemplateLM):
                 release(self._store.root)
             refused = [message for message in _collect(self._refusal(predictions, resume), self._world_size) if message]
             if refused:
-                raise UserError(refused[0])
+                raise (UserError if self._rank == 0 else ToldElsewhere)(refused[0])
             if self._rank == 0:
                 note(Path(predictions) / MADE_BY, self._made_by)
             join(predictions)

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Bad input. The message names the field, the value and what is allowed."""
 
 
+class ToldElsewhere(UserError):
+    """The same in a process beside the one that says it."""
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     """An error for a name that is not among ``allowed``, with the nearest ones suggested."""
     name, allowed = str(name), list(dict.fromkeys(allowed))
@@ -63,6 +67,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read us has enough, as `head` does
         end_quietly()
+    except ToldElsewhere:
+        sys.exit(2)
     except (UserError, FloatingPointError) as error:  # the latter: weights that are not finite
         _fail(str(error))
     except OSError as error:  # a full disk, a file that cannot be read
