@@ -25,12 +25,17 @@ OURS = ("custom_generate", "custom_model_class", "family")
 
 def prepared(args):
     """lm-eval's parsed arguments, with ``hf`` handed to ``dllm`` where a key of ours asks for it, and our tasks found."""
+    from lm_eval.utils import simple_parse_args_string
+
     if getattr(args, "config", None):
         from lm_eval.config.evaluate_config import EvaluatorConfig
 
         for key, value in EvaluatorConfig.load_yaml_config(args.config).items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)
+    for key in ("model_args", "gen_kwargs"):
+        if isinstance(getattr(args, key, None), str):  # of a file
+            setattr(args, key, simple_parse_args_string(getattr(args, key)))
     model_args = dict(getattr(args, "model_args", None) or {})
     if args.model in (None, "hf") and any(key in model_args for key in OURS):
         args.model = "dllm"
@@ -42,8 +47,12 @@ def prepared(args):
                 f"use_cache is {args.use_cache!r}: lm-eval's cache knows no model, so it would give the texts of another. "
                 "Allowed: --output_path PATH with --resume, which knows what made each text"
             )
-        if getattr(args, "seed", None) and args.seed[2] is not None:  # of random, numpy, torch and few-shot examples
-            model_args.setdefault("seed", args.seed[2])
+        seed = getattr(args, "seed", None)
+        seed = (
+            seed[2] if isinstance(seed, list) and len(seed) > 2 else seed
+        )  # of random, numpy, torch, few-shot examples
+        if seed is not None and not isinstance(seed, list):
+            model_args.setdefault("seed", seed)
         if getattr(args, "gen_kwargs", None):
             model_args["gen_kwargs"] = dict(args.gen_kwargs)
         if args.output_path:
@@ -68,7 +77,7 @@ def predictions_of(output_path: str) -> Path:
 
 def told_when_unsaved(record: logging.LogRecord) -> bool:
     """A filter of lm-eval's log: it would only warn where results cannot be written, and end as if all were well."""
-    if record.msg.startswith("Could not save results"):
+    if record.msg.startswith("Could not save"):
         error = sys.exc_info()[1]
         raise UserError(
             f"the results are not saved ({error}). Allowed: the same command with --resume, which decodes nothing again"
@@ -93,7 +102,7 @@ def main() -> None:
     args = early.in_one_line(cli.parse_args)()
     if getattr(args, "command", None) == "run":
         args.resume = resume
-        args = prepared(args)
+        args = early.in_one_line(prepared)(args)
     elif args.command == "ls" and not getattr(args, "include_path", None):
         args.include_path = str(TASKS)
     cli.execute(args)

@@ -31,7 +31,7 @@ from shared.family import family_named
 from shared.network.loading import load_tokenizer, read_json
 from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
-from shared.scripts.files import write_whole
+from shared.scripts.files import check_writable, write_whole
 from shared.scripts.models import check_models
 from shared.scripts.sandbox import told
 from shared.scripts.store import Store, records_in
@@ -206,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     grid = grid_from(args)
     folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))
+    check_writable(folder)
     world = World.from_environment()
     if not args.report:
         from eval.cells import Tasks

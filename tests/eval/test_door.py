@@ -102,6 +102,61 @@ def test_lm_evals_cache_is_refused(config, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.db"))
 
 
+DOOR = ["--model", "dllm", "--model_args", f"pretrained={TINY}", "--limit", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "instruction"], "instruction"),
+        (["--tasks", "functions"], "task 'functions' runs model-written code. Allowed: --confirm_run_unsafe_code"),
+        (["--tasks", "instructions", "--log_samples"], "--output_path"),
+        (["--tasks", "instructions", "--config", "/none/x.yaml"], "Config file not found"),
+        (["--tasks", "{folder}/broken.yaml"], "broken"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_is_told_before_the_model_is_loaded(words, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.model.load_models", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "broken.yaml").write_text("task: [broken")
+    with pytest.raises(UserError) as caught:
+        command_line(monkeypatch, [*DOOR, *(w.format(folder=tmp_path) for w in words)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_settings_is_read_as_flags_are(monkeypatch, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model: dllm\nmodel_args: pretrained={TINY},block_length=8\ngen_kwargs: max_gen_toks=4\nseed: 7\ntasks: instructions\nlimit: 1\n"
+    )
+    results = command_line(
+        monkeypatch, ["--config", str(tmp_path / "run.yaml"), "--output_path", str(tmp_path / "run")]
+    )
+    decoding = results["config"]["decoding"]
+    assert decoding["seed"] == 7
+    assert [decoding["options"]["instructions"][k] for k in ("block_length", "max_new_tokens")] == [8, 4]
+
+
+def test_results_that_are_not_saved_are_an_error(monkeypatch, tmp_path):
+    """lm-eval would only warn. The texts are there, and the same command with --resume has nothing to decode."""
+    write_text = Path.write_text
+
+    def full(path, *a, **k):
+        if path.name.startswith("results_"):
+            raise OSError(28, "No space left on device")
+        return write_text(path, *a, **k)
+
+    words = [*DOOR, "--tasks", "instructions", "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            UserError, match=r"the results are not saved \(.*No space left on device\). Allowed: the same"
+        ):
+            command_line(patch, words)
+    assert command_line(monkeypatch, [*words, "--resume"])["config"]["decoding"]["texts"] == 1
+    assert len((tmp_path / "run/predictions/predictions.jsonl").read_text().splitlines()) == 1
+
+
 SEED_COMMANDS = {
     # The published command of each family, with the tiny checkpoint for the hub id and an offline task for the public one.
     "SDAR": "--model hf --model_args pretrained=tiny,trust_remote_code=True,custom_generate=./generate_ssd_policy.py:block_diffusion_generate,"
