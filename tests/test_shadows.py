@@ -15,7 +15,6 @@ import pytest
         ("shared/__init__.py", "train", "error: shared is {folder}/shared, found before this repository's."),
         ("shared.py", "eval", "error: shared is {folder}/shared.py, found before this repository's."),
         ("sdar.py", "train", "error: family SDAR: sdar is {folder}/sdar.py, which has no sdar.family."),
-        ("train",),
     ],
 )
 def test_a_name_that_shadows_a_package_is_told(file, program, message, tmp_path):
