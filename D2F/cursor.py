@@ -92,7 +92,9 @@ class Pipeline(Cursor):
         most, enough = self.pipeline.max_blocks_in_flight, self.pipeline.decoded_token_threshold
         for i in rows:
             text, added = self.texts[i], len(self.texts[i].left)
-            room = self.border(i, added) < text.total and not text.stopped and (most is None or self.in_flight(i) < most)
+            room = (
+                self.border(i, added) < text.total and not text.stopped and (most is None or self.in_flight(i) < most)
+            )
             if room and self.decided(i, added - 1) >= self.pipeline.block_add_threshold:
                 text.left.append(self.border(i, added + 1) - self.border(i, added))
                 text.goes_on.append(False)

@@ -7,6 +7,11 @@ python example_d2f.py --model llada --pretrained GSAI-ML/LLaDA-8B-Instruct --ada
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +87,10 @@ class D2FScript(Script):
         if script.adapter is not None or self.shipped_name(script) is None:
             return script.adapter
         return str(Path(self.source(script)) / "adapter")
+
+    def checkpoints(self, script: Arguments, source: str) -> dict[str, str]:
+        adapter = self.adapter(script)
+        return {"model": source, "adapter": adapter} if adapter else {"model": source}
 
     def load(self, script: Arguments, source: str, world, device):
         if world.tensor > 1:

@@ -7,6 +7,11 @@ python example_v2.py --generate_fn ssd --model Efficient-Large-Model/Fast_dLLM_v
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 from collections.abc import Sequence
 from pathlib import Path
 

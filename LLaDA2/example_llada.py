@@ -7,6 +7,11 @@ python example_llada.py --generate_fn cached --model inclusionAI/LLaDA2.1-mini -
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

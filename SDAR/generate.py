@@ -7,6 +7,11 @@ python generate.py --remasking_strategy low_confidence_static --block_length 8
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 from pathlib import Path
 
 from sdar import decoding

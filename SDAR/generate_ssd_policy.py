@@ -7,6 +7,11 @@ python generate_ssd_policy.py --model JetLM/SDAR-8B-Chat --preset paper-b
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 from pathlib import Path
 
 from sdar import decoding, generate

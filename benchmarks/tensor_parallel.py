@@ -12,6 +12,11 @@ Prints a line a measurement and one JSON line last. A measurement that fails say
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import statistics
@@ -28,6 +33,7 @@ from torch import Tensor
 from sdar import generate, generate_ssd_policy
 from sdar.configuration_sdar import SDARConfig
 from sdar.modeling_sdar import SDARForCausalLM
+from shared.errors import Parser, run_main
 from shared.network.loading import resolve_device
 from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World
@@ -248,7 +254,7 @@ def study(report: Report, group: Group, arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="sdar-8b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--context", type=int, default=512)
@@ -271,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,13 +9,18 @@ first difference; one JSON line last.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 from functools import partial
 from pathlib import Path
 
 from eval.shapes import family_of
-from shared.errors import run_main
+from shared.errors import Parser, run_main
 from shared.family import FAMILIES, Family
 from shared.gpu.fast import fast_forward_of
 from shared.network.loading import load_tokenizer, resolve_device
@@ -47,7 +52,7 @@ def compare(decode, prompts, **flat) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, help="default: that of the model, else the default one")
     parser.add_argument("--model", help="a checkpoint (default: the family's shipped one)")
     parser.add_argument("--problems", type=int, default=128, help="of each task")

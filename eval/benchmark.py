@@ -17,6 +17,11 @@ acceptance rule still runs. Prints a table, then one JSON line, always last.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import random
@@ -32,7 +37,7 @@ from torch import Tensor
 from eval.hf_style import HFStyle
 from eval.roofline import Machine, Touched, forward_work, timed, touched_experts
 from eval.shapes import family_of, random_models, shapes
-from shared.errors import UserError, run_main
+from shared.errors import Parser, UserError, run_main
 from shared.family import FAMILIES, DecoderSetting, Family, imported
 from shared.gpu.engine import Engine
 from shared.gpu.graphs import GraphRunner
@@ -43,6 +48,7 @@ from shared.network.timed import Forward
 from shared.options import Runtime
 from shared.output import Output, Work
 from shared.policy.accept import Verdict, accept_span
+from shared.scripts.files import check_file, write_whole
 from shared.scripts.models import checkpoints_of, load_models, other_models
 
 
@@ -252,7 +258,7 @@ def profile(decode: TimedDecoder, model, args, path: str) -> None:
     events = sorted(record.key_averages(), key=time_of, reverse=True)
     lines = [f"{steps} steps, forwards {output.batch_forwards}; microseconds and launches a step"]
     lines += [f"{time_of(e) / steps:10.1f} {e.count / steps:7.1f}  {e.key[:110]}" for e in events if time_of(e)]
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def true_or_false(text: str) -> bool:
@@ -269,35 +275,39 @@ def check(args) -> None:
         least = 0 if name == "accept" else 1
         if value is not None and min(value if isinstance(value, list) else [value]) < least:
             raise UserError(f"{name} is {value}. Allowed: at least {least}")
-    for path in filter(None, (args.json, args.profile)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for name in ("json", "profile"):
+        if (path := getattr(args, name)) is not None:
+            check_file(name, path)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     if args.vs:
         users_own(args.vs, "vs")
 
 
+def parser() -> argparse.ArgumentParser:
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
+    flags.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
+    flags.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")
+    flags.add_argument("--accept", type=int, help="accept this many tokens of every verified span, by script")
+    flags.add_argument("--block_length", type=int, help="default: the family's")
+    flags.add_argument("--context", type=int, default=512)
+    flags.add_argument("--new_tokens", type=int, default=256)
+    flags.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    flags.add_argument("--prefill", type=int, default=2048)
+    flags.add_argument("--device", default="auto")
+    flags.add_argument("--dtype", default="auto")
+    flags.add_argument("--fast", type=true_or_false, help="true or false; default: where it can run")
+    flags.add_argument("--graphs", type=true_or_false, help="true or false; default: where it can run")
+    flags.add_argument("--decodes", type=true_or_false, default=True, help="true or false: time decodes too")
+    flags.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
+    flags.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
+    flags.add_argument("--profile", help="write kernel names and times of one speculative step at batch 1 to this file")
+    flags.add_argument("--json", help="also write the result to this file")
+    return flags
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
-    parser.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
-    parser.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")
-    parser.add_argument("--accept", type=int, help="accept this many tokens of every verified span, by script")
-    parser.add_argument("--block_length", type=int, help="default: the family's")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--new_tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prefill", type=int, default=2048)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--fast", type=true_or_false, help="true or false; default: where it can run")
-    parser.add_argument("--graphs", type=true_or_false, help="true or false; default: where it can run")
-    parser.add_argument("--decodes", type=true_or_false, default=True, help="true or false: time decodes too")
-    parser.add_argument("--vs", help="MODULE:FUNCTION, a decoder with the published signature, on the same weights")
-    parser.add_argument("--vs-kwargs", type=json.loads, default={}, help="its keyword arguments, as JSON")
-    parser.add_argument(
-        "--profile", help="write kernel names and times of one speculative step at batch 1 to this file"
-    )
-    parser.add_argument("--json", help="also write the result to this file")
-    return parser.parse_args(argv)
+    return parser().parse_args(argv)
 
 
 def load(args, family: Family) -> dict[str, CheckpointModel]:
@@ -400,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
         "decodes": measure_decodes(models, family, times, args) if args.decodes else [],
     }
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(args.json, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval import calibration, code_eval
-from eval.families import code_version, fingerprints
 from eval.grid import Asked, Grid, Setting
 from eval.model import DraftAndVerifyLM
 from eval.records import lanes_of, lossless_as_json, work_of
@@ -19,6 +19,7 @@ from eval.roofline import Machine
 from shared.errors import UserError, unknown_name
 from shared.family import family_named
 from shared.output import Sizes
+from shared.scripts.identity import code_version, fingerprints
 from shared.scripts.store import records_in
 from shared.trace import How
 
@@ -27,23 +28,82 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 OFFLINE = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 
 
-class Bench:
-    """Measures cells of one family's checkpoints; its predictions go under ``folder``."""
+class Tasks:
+    """The tasks of a grid, each loaded once."""
 
-    def __init__(self, grid: Grid, first: Setting, folder: Path, *, device: str, seed: int, run_code: bool):
+    def __init__(self, grid: Grid):
         from lm_eval.tasks import TaskManager
 
         code_eval.install()
-        self.grid, self.folder, self.seed, self.run_code = grid, folder, seed, run_code
+        self.num_fewshot = grid.num_fewshot
+        others = any(a.task not in OFFLINE for a in grid.tasks)
+        self.manager = TaskManager(include_path=str(TASKS), include_defaults=others)
+        self._loaded: dict[str, dict] = {}
+
+    def load(self, asked: Asked) -> dict:
+        """The task with the grid's number of examples in its prompts; `UserError` where there is none, or several."""
+        if asked.task not in self._loaded:
+            loaded = self._read(asked.task)
+            if len(loaded["tasks"]) != 1:
+                raise UserError(
+                    f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
+                )
+            for task in loaded["tasks"].values():
+                own = task.get_config("num_fewshot")
+                if own is None or (self.num_fewshot is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            self._loaded[asked.task] = loaded
+        return self._loaded[asked.task]
+
+    def _read(self, name: str) -> dict:
+        known = [task for task in self.manager.all_tasks if isinstance(task, str)]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise UserError(f"unknown task {name!r}{hint} Allowed: {', '.join(OFFLINE)}, and the tasks of lm-eval")
+        try:
+            with quiet():
+                return self.manager.load([name])
+        except Exception as error:  # of its data, its YAML, the hub
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"task {name!r} cannot be loaded ({reason}). Allowed: a task whose data is at hand"
+            ) from error
+
+    def check(self, asked: Asked, run_code: bool) -> None:
+        """Raise `UserError` for a task that could not be judged in the end."""
+        (task,) = self.load(asked)["tasks"].values()
+        if getattr(task, "UNSAFE_CODE", False) and not run_code:
+            raise UserError(
+                f"task {asked.task!r} runs model-written code. Allowed: --confirm_run_unsafe_code, or other tasks"
+            )
+        metric, _, chosen = (asked.metric or "").partition(",")
+        filters = [f.name for f in getattr(task, "_filters", ())] or ["none"]
+        if chosen and chosen not in filters:
+            raise unknown_name("filter of metric", chosen, filters)
+        if metric and metric not in task.aggregation():
+            raise unknown_name("metric", metric, task.aggregation())
+
+    def generation(self, asked: Asked) -> dict | None:
+        """What the task asks of generation; None where it only scores."""
+        (task,) = self.load(asked)["tasks"].values()
+        return dict(task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == "generate_until" else None
+
+
+class Bench:
+    """Measures cells of one family's checkpoints; its predictions go under ``folder``."""
+
+    def __init__(
+        self, grid: Grid, first: Setting, folder: Path, tasks: Tasks, *, device: str, seed: int, run_code: bool
+    ):
+        self.tasks, self.grid, self.folder, self.seed, self.run_code = tasks, grid, folder, seed, run_code
         roles = dict(first.checkpoints)
         self.checkpoints, source = dict(roles), roles.pop(family_named(first.family).first)
         self.lm = DraftAndVerifyLM(
             source, first.family, first.decoder, dtype=grid.dtype, device=device, batch_size=grid.batch_size,
             seed=seed, traces=True, **roles,
         )  # fmt: skip
-        others = any(a.task not in OFFLINE for a in grid.tasks)
-        self.tasks = TaskManager(include_path=str(TASKS), include_defaults=others)
-        self._loaded: dict[str, dict] = {}
         self._baselines: dict[str, dict[int, list[int]]] = {}
 
     def measure(self, setting: Setting, asked: Asked) -> dict | None:
@@ -51,7 +111,9 @@ class Bench:
         key = cell_key(self.grid, setting, asked, self.seed)
         self.lm.use(setting.decoder, setting.preset, **setting.options)
         self.lm.keep(self.folder / "predictions" / key, resume=True)
+        before = Counter(self.lm.deaths)
         samples = self._evaluate(asked, self.grid.problems)
+        died = dict(Counter(self.lm.deaths) - before)
         records, lossless = {r["doc"]: r for r in sorted(self.lm.spent, key=lambda r: r["key"])}, self.lm.lossless
         if setting.name == self.grid.baseline:
             self._baselines[asked.task] = {doc: r["ids"] for doc, r in records.items()}
@@ -60,7 +122,7 @@ class Bench:
             estimators = self._estimators(setting, asked)  # every process takes part
         if samples is None:
             return None
-        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records)}
+        cell = {"key": key, **described(setting, asked), **judged(samples, asked, records), "died": died}
         cell |= spent(records, self.lm.sizes) | traced(records, self._baseline(asked))
         cell |= lossless_as_json(lossless) | {"where": self._where()}
         cell["calibration"] |= estimators
@@ -75,26 +137,10 @@ class Bench:
 
         with quiet():
             found = evaluate(
-                lm=self.lm, task_dict=self._load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
+                lm=self.lm, task_dict=self.tasks.load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
             )  # fmt: skip
         return None if found is None else found["samples"][asked.task]
-
-    def _load(self, asked: Asked) -> dict:
-        """The task with the grid's number of examples in its prompts."""
-        if asked.task not in self._loaded:
-            loaded = self.tasks.load([asked.task])
-            if len(loaded["tasks"]) != 1:
-                raise UserError(
-                    f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
-                )
-            for task in loaded["tasks"].values():
-                asked_for, own = self.grid.num_fewshot, task.get_config("num_fewshot")
-                if own is None or (asked_for is not None and own != 0):
-                    task.set_config(key="num_fewshot", value=asked_for or 0)
-                task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            self._loaded[asked.task] = loaded
-        return self._loaded[asked.task]
 
     def _baseline(self, asked: Asked) -> dict[int, list[int]]:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""
@@ -161,7 +207,8 @@ def quiet() -> Iterator[None]:
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
     family, checkpoints = setting.family, setting.checkpoints
-    what = [family, setting.decoder, checkpoints, fingerprints(checkpoints), code_version(family), setting.resolved()]
+    code = code_version(family_named(family).folder)
+    what = [family, setting.decoder, checkpoints, fingerprints(checkpoints), code, setting.resolved()]
     what += [asked.task, asked.metric, grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 

@@ -16,7 +16,10 @@ class CodeEval:
     ):
         """``({"pass@k": share}, {problem: [passed, ...]})``. Passed: prediction and test together run to their end."""
         results = {
-            i: [sandbox.run(f"{candidate}\n{test}", sandbox.Limits(**limits)).passed for candidate in candidates]
+            i: [
+                sandbox.solves(sandbox.run(f"{candidate}\n{test}", sandbox.Limits(**limits)))
+                for candidate in candidates
+            ]
             for i, (test, candidates) in enumerate(zip(references, predictions, strict=True))
         }
         enough = [n for n in k if all(len(r) >= n for r in results.values())]

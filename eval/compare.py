@@ -11,27 +11,40 @@ results.json, results.csv, plots, and report.html, one file with everything in i
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import dataclasses
 import json
 import logging
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.claims import claim, release
 from eval.grid import Grid, grid_of, read_grid, run_of_flag
 from eval.results import rows_of, write_csv
 from eval.roofline import Machine
-from shared.errors import UserError, run_main
+from shared.errors import Parser, UserError, run_main
+from shared.family import family_named
+from shared.network.loading import load_tokenizer, read_json
+from shared.scripts.claims import claimed
 from shared.scripts.distributed import World
+from shared.scripts.files import check_writable, write_whole
+from shared.scripts.models import check_models
+from shared.scripts.sandbox import told
 from shared.scripts.store import Store, records_in
+
+if TYPE_CHECKING:
+    from eval.cells import Tasks
 
 MACHINE = "machine.json"
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags.add_argument("grid", nargs="?", help="a YAML file: see eval/grids, and eval/grid.py for its keys")
     flags.add_argument(
         "--run",
@@ -86,7 +99,30 @@ def grid_from(args: argparse.Namespace) -> Grid:
     return grid.only(args.only) if args.only else grid
 
 
-def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool) -> None:
+def check(grid: Grid, tasks: Tasks, *, device: str, run_code: bool) -> None:
+    """Raise `UserError` for whatever would stop the comparison later: tasks, metrics, checkpoints, options."""
+    from eval.model import DTYPES, prompt_room, without_neutral
+
+    for asked in grid.tasks:
+        tasks.check(asked, run_code)
+    generations = [g for g in map(tasks.generation, grid.tasks) if g is not None]
+    known: dict[str, tuple] = {}
+    for setting in grid.settings:
+        family = family_named(setting.family)
+        if (name := str(setting.checkpoints)) not in known:
+            source, dtype = setting.checkpoints[family.first], DTYPES.get(grid.dtype, grid.dtype)
+            model = check_models(family, setting.checkpoints, dtype=dtype, device=device)[family.first]
+            known[name] = model, load_tokenizer(source)
+            if grid.chat and not known[name][1].chat_template:
+                raise UserError(f"{source} has no chat template. Allowed: one with it, or chat: false in the grid")
+        model, tokenizer = known[name]
+        for generation in generations:
+            flat = setting.resolved(without_neutral(generation))
+            prompt_room(flat, model.config)
+            model.special_ids(flat.get("mask_id"), flat.get("stopping_criteria_idx"), tokenizer)
+
+
+def measure(grid: Grid, folder: Path, tasks: Tasks, *, device: str, seed: int, run_code: bool) -> None:
     """Measure what is missing in ``folder``, baselines first, one checkpoint after the other."""
     from eval.cells import Bench, cell_key
 
@@ -97,9 +133,9 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
     number = 0
     for family, checkpoint in dict.fromkeys((s.family, s.checkpoint) for s, _ in todo):
         here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
-        bench = Bench(grid, here[0][0], folder, device=device, seed=seed, run_code=run_code)
+        bench = Bench(grid, here[0][0], folder, tasks, device=device, seed=seed, run_code=run_code)
         if leads and machine_in(folder) is None:
-            (folder / MACHINE).write_text(json.dumps(bench.machine().to_json()) + "\n", encoding="utf-8")
+            write_whole(folder / MACHINE, json.dumps(bench.machine().to_json()) + "\n")
         for setting, asked in here:
             number += 1
             cell = bench.measure(setting, asked)
@@ -112,15 +148,21 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
 def machine_in(folder: Path) -> Machine | None:
     """The machine of a comparison, as its first run measured it; floors of all its cells are floors on it."""
     path = folder / MACHINE
-    return Machine.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Machine.from_json(read_json(path))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}). Allowed: another folder, or without this file") from error
 
 
 def line_of(cell: dict) -> str:
     """A cell in one line, printed as it finishes."""
-    count, tokens = len(cell["docs"]), max(1, sum(cell["tokens"]))
+    count, tokens, died = len(cell["docs"]), max(1, sum(cell["tokens"])), Counter(cell.get("died")).elements()
     return (
         f"{cell['family']} {cell['task']} {cell['setting']}: {100 * sum(cell['values']) / count:.1f} % of {count}, "
         f"{sum(cell['forwards'].values()) / tokens:.3f} forwards/token, {cell['seconds']:.1f} s"
+        + "".join(f"; {said}" for said in [told(died)] if said)
     )
 
 
@@ -147,10 +189,10 @@ def write(grid: Grid, folder: Path, seed: int) -> None:
     about = {"name": grid.name, "about": grid.about, "baseline": grid.baseline, "problems": grid.problems, "seed": seed,
              "finished": f"{len(cells)} of {len(keys)} cells"}  # fmt: skip
     results = {"grid": about, "machine": machine.to_json() if machine else None, "rows": rows}
-    (folder / "results.json").write_text(in_lines(results), encoding="utf-8")
+    write_whole(folder / "results.json", in_lines(results))
     write_csv(folder / "results.csv", rows)
     pictures = plots.draw(results, cells, folder)
-    (folder / "report.html").write_text(page.render(results, cells, pictures), encoding="utf-8")
+    write_whole(folder / "report.html", page.render(results, cells, pictures))
     print(f"{folder}/report.html, results.json, results.csv, {', '.join(p.name for p in pictures.values())}")
 
 
@@ -166,13 +208,18 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     grid = grid_from(args)
     folder = Path(args.output or Path("results") / grid.name.replace(" ", "-"))
-    if World.from_environment().rank == 0:
-        claim(folder)
+    check_writable(folder)
+    world = World.from_environment()
     if not args.report:
-        measure(grid, folder, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
-    if World.from_environment().rank == 0:
-        write(grid, folder, args.seed)
-        release(folder)
+        from eval.cells import Tasks
+
+        tasks, asked = Tasks(grid), {"device": args.device, "run_code": args.confirm_run_unsafe_code}
+        world.decided(lambda: check(grid, tasks, **asked))
+    with claimed(folder if world.rank == 0 else None, several=world.size > 1):
+        if not args.report:
+            measure(grid, folder, tasks, device=args.device, seed=args.seed, run_code=args.confirm_run_unsafe_code)
+        if world.rank == 0:
+            write(grid, folder, args.seed)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ Each FILE is a path in the repository.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import dataclasses
 import json
@@ -27,9 +32,10 @@ from typing import get_args, get_type_hints
 
 from eval.results import TABLES
 from eval.speed_tables import speed_tables
-from shared.errors import UserError, run_main, unknown_name
+from shared.errors import Parser, UserError, run_main, unknown_name
 from shared.family import imported
 from shared.options import ALIASES, FlatOptions
+from shared.scripts.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +103,7 @@ def readmes() -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="default: every page of the repository")
     parser.add_argument("--check", action="store_true", help="write nothing; name the files whose tables are stale")
     args = parser.parse_args(argv)
@@ -108,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         if fresh != text:
             stale.append(path)
             if not args.check:
-                path.write_text(fresh, encoding="utf-8")
+                write_whole(path, fresh)
     for path in stale:
         print(f"{'stale' if args.check else 'written'}: {path}")
     if args.check and stale:

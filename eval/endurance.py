@@ -7,6 +7,11 @@ Every run is a process of its own, ended by SIGKILL somewhere between its first 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import multiprocessing
@@ -17,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from eval.cells import TASKS
-from shared.errors import run_main
+from shared.errors import Parser, run_main
 from shared.family import default_family, family_named
 
 KEPT = (
@@ -128,7 +133,7 @@ def trial(times: int, *, task: str = "instructions", limit: int = 24, seed: int 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--task", default="instructions")
     parser.add_argument("--limit", type=int, default=64)

@@ -2,55 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
-import shared
 from shared.errors import UserError, unknown_name
 from shared.family import FAMILIES, Network
-from shared.network.loading import checkpoint_folder
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-READ = (
-    *WEIGHTS,
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".tiktoken",
-)  # what loaders read: networks, generation config, tokenizer, chat templates
-
-
-@cache
-def fingerprint(source: str) -> tuple:
-    """What tells the files under a path from earlier ones: weights by size and time, small files by their content."""
-    folder = checkpoint_folder(source)
-    files = [f for f in sorted(folder.rglob("*")) if f.suffix in READ and f.is_file()]
-    return tuple((str(f.relative_to(folder)), *_told_by(f)) for f in files)
-
-
-def _told_by(file: Path) -> tuple:
-    if file.suffix in WEIGHTS:
-        return file.stat().st_size, file.stat().st_mtime_ns
-    return (hashlib.sha256(file.read_bytes()).hexdigest()[:16],)
-
-
-@cache
-def code_version(family: str) -> str:
-    """A hash of the code that decodes: of the family and of `shared`."""
-    found = hashlib.sha256()
-    for folder in (FAMILIES[family].folder, Path(shared.__file__).parent):
-        for file in sorted(folder.rglob("*.py")):
-            found.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
-    return found.hexdigest()[:16]
-
-
-def fingerprints(checkpoints: Mapping[str, str]) -> dict[str, tuple]:
-    """The same of the checkpoint of every role."""
-    return {role: fingerprint(source) for role, source in checkpoints.items()}
 
 
 def split_target(key: str, target: str) -> tuple[Path, str]:

@@ -23,11 +23,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
 from shared.errors import UserError, unknown_name
 from shared.family import Family, default_family, family_named
+from shared.options import coerce
 from shared.scripts.models import check_roles, checkpoints_of
 
 
@@ -48,11 +50,11 @@ class Setting:
         """What its checkpoints are called."""
         return "+".join(dict.fromkeys(Path(c).name for c in self.checkpoints.values()))
 
-    def resolved(self) -> dict:
-        """Every option of the decoder, the preset's and the defaults among them."""
+    def resolved(self, task: Mapping = MappingProxyType({})) -> dict:
+        """Every option of the decoder, the preset's and the defaults among them, and what a ``task`` sets besides."""
         decoder = family_named(self.family).decoders[self.decoder]
         below = decoder.preset(self.preset) if self.preset else {}
-        return decoder.options_class.from_layers(below, self.options).to_flat()
+        return decoder.options_class.from_layers(below, task, self.options).to_flat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,11 @@ class Grid:
 
 
 _RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants")
+_RUN_KINDS = {k: dict if k in ("options", "variants") else str for k in _RUN_KEYS}
+# Kind and least value of what is said of a whole grid.
+_FIELDS = {"name": (str, None), "about": (str, None), "baseline": (str, None), "problems": (int, 1), "batch_size": (int, 1),
+           "dtype": (str, None),
+           "chat": (bool, None), "num_fewshot": (int, 0), "replays": (int, 0), "calibrate": (int, 0)}  # fmt: skip
 _GRID_KEYS = (*(f.name for f in fields(Grid) if f.name != "settings"), "runs")
 
 
@@ -101,7 +108,7 @@ def read_grid(path: str | Path) -> Grid:
     """The grid of a file; `UserError` for what cannot be."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"grid {str(path)!r} cannot be read ({' '.join(str(error).split())}). Allowed: a YAML file"
         ) from error
@@ -115,8 +122,11 @@ def grid_of(data: dict) -> Grid:
     for key in data:
         if key not in _GRID_KEYS:
             raise unknown_name("key of a grid", str(key), _GRID_KEYS)
-    settings = tuple(s for run in data.get("runs") or () for s in settings_of(run))
-    tasks = tuple(Asked(**t) if isinstance(t, dict) else Asked(str(t)) for t in data.get("tasks") or ())
+    data = {"name": "comparison"} | data
+    data |= {key: checked_field(key, data[key]) for key in _FIELDS if key in data}
+    runs, asked = (items_of(key, data.get(key)) for key in ("runs", "tasks"))
+    settings = tuple(s for run in runs for s in settings_of(run))
+    tasks = tuple(map(asked_of, asked))
     if not settings or not tasks:
         raise UserError("a grid has no runs or no tasks. Allowed: at least one of each")
     grid = Grid(settings=settings, tasks=tasks, **{k: v for k, v in data.items() if k not in ("runs", "tasks")})
@@ -134,13 +144,53 @@ def grid_of(data: dict) -> Grid:
     return grid
 
 
+def checked_field(key: str, value: object) -> object:
+    """A plain value of a grid, of its kind and in its range."""
+    kind, least = _FIELDS[key]
+    if value is None and key in ("problems", "num_fewshot"):
+        return None
+    value = coerce(key, value, kind)
+    if least is not None and value < least:
+        raise UserError(f"{key} is {value}. Allowed: at least {least}")
+    return value
+
+
+def items_of(key: str, value: object) -> list:
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"{key} is {value!r}. Allowed: a list")
+    return value or []
+
+
+def asked_of(task: object) -> Asked:
+    """A task of a grid: its name, or a mapping of ``task`` and ``metric``."""
+    fields_of = task if isinstance(task, dict) else {"task": task}
+    for key, value in fields_of.items():
+        if key not in ("task", "metric"):
+            raise unknown_name("key of a task", str(key), ("task", "metric"))
+        if not isinstance(value, str):
+            raise UserError(f"{key} of a task is {value!r}. Allowed: a name")
+    if "task" not in fields_of:
+        raise UserError(f"a task is {task!r}. Allowed: a name, or task: NAME, metric: NAME")
+    return Asked(**fields_of)
+
+
 def settings_of(run: dict) -> Iterator[Setting]:
     """The settings of one run: every combination of its swept options and variants."""
+    if not isinstance(run, dict):
+        raise UserError(f"a run is {run!r}. Allowed: a mapping, see eval/grids")
+    for key, kind in _RUN_KINDS.items():
+        if run.get(key) is not None and not isinstance(run[key], kind):
+            raise UserError(f"{key} of a run is {run[key]!r}. Allowed: {'a mapping' if kind is dict else 'text'}")
+    for name, more in (run.get("variants") or {}).items():
+        if not isinstance(more, dict):
+            raise UserError(f"variant {name!r} is {more!r}. Allowed: a mapping of options")
     named = run.get("family") or default_family()
     family = family_named(named)
     for key in run:
         if key not in (*_RUN_KEYS, *family.networks):
             raise unknown_name("key of a run", str(key), [*_RUN_KEYS, *family.networks])
+        if key in family.networks and not isinstance(run[key], str):
+            raise UserError(f"{key} of a run is {run[key]!r}. Allowed: a checkpoint")
     decoder = run.get("decoder") or next(iter(family.decoders))
     if decoder not in family.decoders:
         raise unknown_name("decoder", decoder, family.decoders)
@@ -179,6 +229,18 @@ def _filled(pattern: str, words: dict) -> str:
         return pattern.format(**words)
     except (KeyError, IndexError) as error:
         raise UserError(f"name {pattern!r} asks for {error}. Allowed: {', '.join(words)}") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"name {pattern!r} cannot be filled in ({error}). Allowed: text with {{OPTION}} in it"
+        ) from None
+
+
+def value_of(key: str, word: str) -> object:
+    """A word of a command line as YAML reads it."""
+    try:
+        return yaml.safe_load(word)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{key} of a run is {word!r}. Allowed: a number, a word, true or false") from error
 
 
 def run_of_flag(text: str) -> dict:
@@ -195,6 +257,6 @@ def run_of_flag(text: str) -> dict:
         if key in roles or key in ("family", "decoder", "name", "group", "pretrained", "preset"):
             run[key] = value
         else:
-            values = [yaml.safe_load(v) for v in value.split("/")]
+            values = [value_of(key, v) for v in value.split("/")]
             run["options"][key] = values if len(values) > 1 else values[0]
     return run

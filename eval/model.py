@@ -21,18 +21,22 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from eval.claims import check_fresh, check_same, claim, note, release
-from eval.families import code_version, decoder_in_file, family_of_class, fingerprints, split_target
+from eval import shares
+from eval.families import decoder_in_file, family_of_class, split_target
 from eval.records import lanes_of, lossless_as_json, record_of
+from eval.shares import filled, is_stand_in
 from shared.decode.calls import Stop
 from shared.decode.stop_strings import StopStrings
-from shared.errors import UserError, unknown_name
+from shared.errors import ToldElsewhere, UserError, unknown_name
 from shared.family import Network, family_named, imported
-from shared.network.loading import load_tokenizer
+from shared.network.loading import checkpoint_folder, load_tokenizer
 from shared.network.sizes import sizes_of
 from shared.options import ALIASES, coerce
 from shared.output import Lossless, Output
+from shared.scripts import sandbox
+from shared.scripts.claims import check_fresh, claim, join, release
 from shared.scripts.distributed import World
+from shared.scripts.identity import code_version, difference, files_of, note
 from shared.scripts.models import (
     check_roles,
     checkpoints_of,
@@ -41,7 +45,7 @@ from shared.scripts.models import (
     network_of,
     other_models,
 )
-from shared.scripts.prompts import spell_out
+from shared.scripts.prompts import check_text, spell_out, templated
 from shared.scripts.store import Store
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ _NOT_OPTIONS = ("until", "max_length")
 # What public tasks and commands write though it changes nothing here: the only value that our decoders can take.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 DTYPES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+MADE_BY = "made_by.json"  # beside the texts: what made them
 AUTO_BATCH = 32  # texts in flight where nobody says how many: their number changes no text
 
 
@@ -82,13 +87,12 @@ class DraftAndVerifyLM(TemplateLM):
             )
         if trust_remote_code:
             log.warning("trust_remote_code is ignored: the code of this repository is used")
-        if revision not in (None, "main"):
-            raise UserError(
-                f"revision is {revision!r}. Allowed: main; of another one, pretrained=FOLDER of its snapshot"
-            )
         self.batch_size = batch_of(batch_size, max_batch_size)
         self._thinking = None if enable_thinking is None else coerce("enable_thinking", enable_thinking, bool)
-        dtype = DTYPES.get(dtype, dtype)
+        dtype = DTYPES.get(str(dtype), dtype)
+        self.pretrained = str(pretrained)
+        if revision not in (None, "main"):  # main is what is there without it
+            pretrained = str(checkpoint_folder(pretrained, str(revision)))
         self._choose(pretrained, family, decoder, custom_generate, custom_model_class)
         roles = {role: options.pop(role) for role in self._family.networks if role in options}
         self.checkpoints = checkpoints_of(self._family, pretrained, roles)
@@ -96,7 +100,9 @@ class DraftAndVerifyLM(TemplateLM):
             self.decoder_name, preset, gen_kwargs, **options
         )  # what is wrong with it is told before anything is loaded
         world = World.from_environment()
-        self._rank, self._world_size, self._seed = world.rank, world.size, int(seed)
+        if world.size > 1:
+            shares.install()
+        self._rank, self._world_size, self._seed = world.rank, world.size, coerce("seed", seed, int)
         self._store, self._dtype = Store(None, "predictions", "key"), str(dtype)
         self.keep(predictions, bool(resume))  # a folder that cannot be used is told before the work
         device = world.device(device or "auto")
@@ -104,8 +110,8 @@ class DraftAndVerifyLM(TemplateLM):
         self.model, source = self.models[self._family.first], self.checkpoints[self._family.first]
         self._device, self.tokenizer = self.model.device, load_tokenizer(source)
         self.sizes = {role: sizes_of(model) for role, model in self.models.items()}  # a lane has the name of its role
-        self.pretrained = str(pretrained)
         self._traces = bool(traces)
+        self._deaths: list[str] = []
         self.accept_rule = None  # replaces `shared.policy.accept.accept_span`, to look on while it decides
 
     def use(self, decoder: str, preset: str | None = None, gen_kwargs: dict | None = None, **options) -> None:
@@ -124,13 +130,14 @@ class DraftAndVerifyLM(TemplateLM):
         process if one must not use it."""
         self._store.close()
         if predictions is not None:
-            if self._rank == 0:
+            if self._store.root is not None and Path(predictions).resolve() != self._store.root.resolve():
                 release(self._store.root)
             refused = [message for message in _collect(self._refusal(predictions, resume), self._world_size) if message]
             if refused:
-                raise UserError(refused[0])
+                raise (UserError if self._rank == 0 else ToldElsewhere)(refused[0])
             if self._rank == 0:
-                note(predictions, self._made_by)
+                note(Path(predictions) / MADE_BY, self._made_by)
+            join(predictions)
         self._store = Store(predictions, "predictions", "key", rank=self._rank, resume=resume)
         self.spent: list[dict] = []
         self.lossless: Lossless | None = None
@@ -140,10 +147,10 @@ class DraftAndVerifyLM(TemplateLM):
         """Why this process must not write there; rank 0 claims the folder for all."""
         try:
             if self._rank == 0:
-                claim(predictions)
+                claim(predictions, several=self._world_size > 1)
             made_by = self.made_by(as_flat(self.options_for({})))
             if resume:
-                check_same(predictions, made_by)
+                check_same(Path(predictions), made_by)
             else:
                 check_fresh(predictions, "predictions")
             if self._rank == 0:
@@ -215,6 +222,8 @@ class DraftAndVerifyLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         groups: dict[str, list[int]] = {}
         for k, request in enumerate(requests):
+            if is_stand_in(request):
+                continue
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(k)
         seen, texts = Counter(), [""] * len(requests)
         for members in groups.values():
@@ -240,12 +249,10 @@ class DraftAndVerifyLM(TemplateLM):
         if self._user_generate:
             file, name = split_target("custom_generate", self._custom)
             own = {"custom_generate": f"{name} of {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
-        prints = fingerprints(self.checkpoints)
-        files = {role: {name: told for name, *told in found} for role, found in prints.items()}
         return {
             "family": self.family_name, "decoder": self.decoder_name, **own, "dtype": self._dtype, "seed": self._seed,
-            "checkpoint": dict(self.checkpoints), "options": flat, "file": files,
-            "code version": code_version(self.family_name),
+            "checkpoint": dict(self.checkpoints), "options": flat, "file": files_of(self.checkpoints),
+            "code version": code_version(self._family.folder),
         }  # fmt: skip
 
     def _key(self, mark: str, request: Instance, seen: Counter) -> str:
@@ -326,17 +333,7 @@ class DraftAndVerifyLM(TemplateLM):
 
     def _fit(self, ids: list[int], options, limit: int | None = None) -> list[int]:
         """The prompt's last tokens, where all of them leave no room for the answer."""
-        flat, config = as_flat(options), self.model.config
-        new, length = flat["max_new_tokens"], flat.get("block_length")
-        length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
-        room = self.max_length // length * length - new
-        if limit is not None and limit - new < 1:
-            raise UserError(
-                f"max_length is {limit} with max_new_tokens {new}. Allowed: more, so that a prompt has room"
-            )
-        room = room if limit is None else min(room, limit - new)
-        if room < 1:
-            raise UserError(f"max_new_tokens is {new}. Allowed: less than the model's {self.max_length} positions")
+        room = prompt_room(as_flat(options), self.model.config, limit)
         if len(ids) > room:
             log.warning("a prompt of %d tokens is cut to its last %d", len(ids), room)
         return ids[-room:]
@@ -415,6 +412,7 @@ class DraftAndVerifyLM(TemplateLM):
         return self.pretrained.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        check_text(string, "a prompt")
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -423,9 +421,9 @@ class DraftAndVerifyLM(TemplateLM):
                 f"{self.pretrained} has no chat template. Allowed: a checkpoint with one, or no --apply_chat_template"
             )
         thinking = {} if self._thinking is None else {"enable_thinking": self._thinking}
-        return self.tokenizer.apply_chat_template(
+        return templated(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             **thinking,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -441,15 +439,23 @@ class DraftAndVerifyLM(TemplateLM):
         return tensor.reshape(1).repeat(self._world_size)
 
     def gather_object(self, obj, dst: int = 0):
-        parts = _collect((obj, self.spent), self._world_size)
-        self.spent = list({r["key"]: r for _, spent in parts for r in spent}.values())
-        return [o for o, _ in parts] if self._rank == dst else None
+        parts = _collect((obj, self.spent, sandbox.DEATHS), self._world_size)
+        self.spent = list({r["key"]: r for _, spent, _ in parts for r in spent}.values())
+        self._deaths = [how for *_, deaths in parts for how in deaths]
+        return filled([o for o, *_ in parts]) if self._rank == dst else None
+
+    @property
+    def deaths(self) -> list[str]:
+        """How the programs died that took their interpreter with them, in all processes (`shared.scripts.sandbox`)."""
+        return sandbox.DEATHS if self._world_size == 1 else self._deaths
 
     def barrier(self) -> None:
         _collect(None, self._world_size)
 
     def get_model_info(self) -> dict:
         """For the results file: every option of every task, and what was spent."""
+        if self.deaths and self._rank == 0:
+            log.warning(sandbox.told(self.deaths))
         forwards, lanes = Counter(), lanes_of(self.spent)
         for record in self.spent:
             forwards.update(record["forwards"])
@@ -464,9 +470,20 @@ class DraftAndVerifyLM(TemplateLM):
                 "texts": len(self.spent), "tokens": sum(r["tokens"] for r in self.spent), "forwards": dict(forwards),
                 "lane_forwards": {lane: sum(s.forwards for s in kinds.values()) for lane, kinds in lanes.items()},
                 "mean_acceptance_length": gained / verifies if verifies else None,
-                "seconds_in_flight": round(sum(seconds), 3), **lossless_as_json(self.lossless),
+                "programs_died": dict(Counter(self.deaths)), "seconds_in_flight": round(sum(seconds), 3),
+                **lossless_as_json(self.lossless),
             }
         }  # fmt: skip
+
+
+def check_same(folder: Path, made_by: dict) -> None:
+    """Raise `UserError`, naming the setting, unless what an earlier run left in ``folder`` was made by the same."""
+    if differ := difference(folder / MADE_BY, made_by):
+        key, now, before = differ
+        raise UserError(
+            f"{key} is {now}; the texts in {str(folder)!r} were made with {before}. "
+            "Allowed with --resume: the same, or another folder"
+        )
 
 
 def without_neutral(kwargs: dict) -> dict:
@@ -485,6 +502,21 @@ def batch_of(asked, most) -> int:
     if most is not None and not (str(most).isdigit() and int(most)):
         raise UserError(f"max_batch_size is {most!r}. Allowed: a number of at least 1")
     return min(AUTO_BATCH if auto else int(asked or 1), int(most or AUTO_BATCH) if auto else int(asked or 1))
+
+
+def prompt_room(flat: dict, config, limit: int | None = None) -> int:
+    """How many tokens a prompt may have beside an answer by the options ``flat``; `UserError` where none may."""
+    new, length = flat["max_new_tokens"], flat.get("block_length")
+    length = length or getattr(config, "block_size", None) or getattr(config, "bd_size", 1)
+    room = config.max_position_embeddings // length * length - new
+    if limit is not None and limit - new < 1:
+        raise UserError(f"max_length is {limit} with max_new_tokens {new}. Allowed: more, so that a prompt has room")
+    room = room if limit is None else min(room, limit - new)
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens is {new}. Allowed: less than the model's {config.max_position_embeddings} positions"
+        )
+    return room
 
 
 def as_flat(options) -> dict:

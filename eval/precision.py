@@ -11,6 +11,11 @@ precision. Prints mean and largest difference of log-probabilities; one JSON lin
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import copy
 import json
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from eval.benchmark import prompts_of, vocabulary
 from eval.shapes import family_of, random_models, shapes
-from shared.errors import run_main
+from shared.errors import Parser, run_main
 from shared.family import FAMILIES, Timed, imported
 from shared.gpu.engine import Engine
 from shared.gpu.fast import fast_forward_of
@@ -72,7 +77,7 @@ def differences(model, timed: Timed, context: int, length: int) -> dict[str, dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, help="default: that of the shape or model, else the default one")
     parser.add_argument("--model", help="a checkpoint (default: the family's shipped one, unless --shape is given)")
     parser.add_argument("--shape", choices=sorted(shapes()), help="random weights of this shape instead")

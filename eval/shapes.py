@@ -8,7 +8,8 @@ import torch
 
 from shared.errors import UserError, unknown_name
 from shared.family import FAMILIES, Family, Network, default_family, family_named
-from shared.network.loading import CheckpointModel
+from shared.network.loading import CheckpointModel, network_bytes, on_meta
+from shared.network.memory import check_room
 from shared.scripts.models import family_of_checkpoint
 
 
@@ -48,9 +49,9 @@ def random_model(
 ) -> CheckpointModel:
     """A network of random weights."""
     config = {name: value for name, value in config.items() if name != "model_type"}
-    with torch.device("meta"):
-        model = kind(kind.config_class(**config, max_position_embeddings=32768, eos_token_id=0))
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    model = on_meta(kind, kind.config_class(**config, max_position_embeddings=32768, eos_token_id=0), "shape").to(dtype)
+    check_room("this shape", network_bytes(model), device, "a smaller shape, or another device or dtype")
+    model = model.to_empty(device=device).requires_grad_(False).eval()
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" in name:

@@ -79,7 +79,7 @@ class Decoder:
 
     def preset(self, name: str) -> dict:
         presets = imported(self.presets)
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise unknown_name("preset", name, presets)
         return presets[name]
 
@@ -199,6 +199,14 @@ class Family:
         return path if path.is_dir() else None
 
 
+def shadow_of(module: str) -> str:
+    """What is found for the package of a ``module`` that it does not hold."""
+    package = module.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    where = "not installed" if spec is None else spec.origin or next(iter(spec.submodule_search_locations))
+    return f"{package} is {where}, which has no {module}. Allowed: run from another folder, or rename it"
+
+
 class Families(Mapping[str, Family]):
     """The families that are installed, by name; each is imported when it is first asked for."""
 
@@ -211,7 +219,13 @@ class Families(Mapping[str, Family]):
 
     def __getitem__(self, name: str) -> Family:
         if name not in self._loaded:
-            self._loaded[name] = self._points[name].load()
+            point = self._points[name]
+            try:
+                self._loaded[name] = point.load()
+            except ModuleNotFoundError as error:
+                if error.name != point.module:
+                    raise
+                raise UserError(f"family {name}: {shadow_of(point.module)}") from error
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:

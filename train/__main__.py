@@ -14,6 +14,11 @@ A checkpoint is written over only with --overwrite. The last line printed is JSO
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import dataclasses
 import json
@@ -21,21 +26,15 @@ import sys
 from pathlib import Path
 from typing import get_type_hints
 
-from shared.errors import UserError, end_quietly
+from shared.errors import Parser, UserError, run_main
 from shared.family import FAMILIES, Adapter, Family, Network, Training, family_named
 from shared.network.loading import load_tokenizer, resolve_device
+from shared.scripts import sandbox
 from shared.scripts.cli import add_flag
+from shared.scripts.files import check_writable
 from shared.scripts.models import checkpoints_of, family_of_checkpoint, load_models
-from shared.scripts.store import check_writable
 
 _WRITTEN = ("config.json", "model.safetensors", "tokenizer.json", "adapter_config.json", "adapter_model.safetensors")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str):
-        raise UserError(message)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -209,25 +208,27 @@ def run_probe(args: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer(checkpoints[family.first])
     rows = probe(family, models, tokenizer, count=args.count, seed=args.seed, run_code=args.run_code)
     print(table(rows))
+    if said := sandbox.told(sandbox.DEATHS):
+        print(said)
     return {"model": args.model, "family": family.name, "count": args.count, "seed": args.seed, "rows": rows}
 
 
+def run(arguments: list[str] | None) -> None:
+    args = parse(arguments)
+    if args.command != "probe":
+        check_out(args.out, args.overwrite)
+    elif args.count < 1:
+        raise UserError(f"count is {args.count}. Allowed: a whole number, at least 1")
+    result = {"tokenizer": run_tokenizer, "probe": run_probe}.get(args.command, run_family)(args)
+    print(json.dumps(result), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """Run; the exit code."""
     try:
-        args = parse(arguments)
-        if args.command != "probe":
-            check_out(args.out, args.overwrite)
-        elif args.count < 1:
-            raise UserError(f"count is {args.count}. Allowed: a whole number, at least 1")
-        result = {"tokenizer": run_tokenizer, "probe": run_probe}.get(args.command, run_family)(args)
-        print(json.dumps(result), flush=True)
-    except (UserError, FloatingPointError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        end_quietly()
-    except KeyboardInterrupt:
-        return 130
+        run_main(lambda: run(arguments))
+    except SystemExit as end:
+        return int(end.code or 0)
     return 0
 
 

@@ -5,12 +5,18 @@ The same bytes every time; a test compares them with what is committed. More pro
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shared.errors import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from shared.errors import run_main
 from train.tasks import TASKS, held_out
 
 PROBLEMS, SEED = 1024, 42
@@ -26,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the problems; there is nothing to choose."""
     argparse.ArgumentParser(prog="train.make_tasks", description=__doc__).parse_args(arguments)
     for name in TASKS:
-        (FOLDER / f"{name}.jsonl").write_text(lines(name))
+        (FOLDER / f"{name}.jsonl").write_text(lines(name), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -38,7 +38,7 @@ def decode(family: Family, setting: DecoderSetting, models: Mapping, prompts: Se
 
 def runs(program: str) -> bool:
     """Does a program exit with 0? Model-written code: it runs confined."""
-    return sandbox.run(program).passed
+    return sandbox.solves(sandbox.run(program))
 
 
 def judge(problems: Sequence[Problem], texts: Sequence[str]) -> list[bool]:

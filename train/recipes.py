@@ -109,7 +109,7 @@ def save(model: CheckpointModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     save_tokenizer(tokenizer, folder)
     stop = [tokenizer.convert_tokens_to_ids(TURN_END), tokenizer.eos_token_id]
     generation = {"eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def run(

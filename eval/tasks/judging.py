@@ -12,14 +12,16 @@ from shared.scripts import judging, sandbox
 
 
 def load(file: str, **kwargs) -> dict[str, Dataset]:
-    rows = [json.loads(line) for line in (Path(__file__).parent / file).read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()]
     return {"test": Dataset.from_list([{**row, "check": json.dumps(row["check"])} for row in rows])}
 
 
-@lru_cache(maxsize=65536)
+# Decoders often write the same program; it is run once.
+_verdict = lru_cache(maxsize=65536)(sandbox.run)
+
+
 def _passes(program: str) -> bool:
-    """Decoders often write the same program; it is run once."""
-    return sandbox.run(program).passed
+    return sandbox.solves(_verdict(program))
 
 
 def judge(doc: dict, results: list[str]) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.network.indices import Indices
+from shared.network.memory import check_room
 from shared.output import Completion
 from shared.policy.draft import Choice
 from shared.policy.uniforms import Uniforms
@@ -82,6 +83,11 @@ class Canvas:
         requests = range(len(prompts)) if requests is None else requests
         self.waiting = deque(zip(range(len(prompts)), requests, map(list, prompts), strict=True))
         self.rows: list[Row | None] = [None] * rows
+        needed = 8 * allocated * (5 * width + 4 * iterations * verifies_a_step)
+        check_room(
+            f"the trace of {allocated} texts of {width} tokens and {iterations} steps", needed, device,
+            "fewer texts at a time (batch_size), shorter ones, fewer denoising_steps",
+        )  # fmt: skip
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)  # noqa: E731
         self.tokens = zeros(allocated, width)
         self.prompt_length = zeros(allocated)

@@ -49,7 +49,7 @@ class LoRA:
     @classmethod
     def read(cls, source: str | Path) -> LoRA:
         """From a folder or hub id; `UserError` where it is none, or of a kind that is not served."""
-        folder = checkpoint_folder(source, _CONFIG)
+        folder = checkpoint_folder(source, holds=_CONFIG)
         config = read_json(folder / _CONFIG)
         if config.get("peft_type") != "LORA":
             raise UserError(f"{folder}: peft_type is {config.get('peft_type')!r}. Allowed: 'LORA'")

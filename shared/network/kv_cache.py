@@ -7,6 +7,7 @@ draft is overwritten by the next write, and nothing is ever concatenated or crop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shared.network.indices import Indices
+from shared.network.memory import check_room
 
 
 class BlockCache:
@@ -35,6 +37,13 @@ class BlockCache:
         device: torch.device | str = "cpu",
     ):
         shape = (layers, rows, kv_heads, slots, head_dim)
+        needed = 2 * math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+        check_room(
+            f"the cache of {rows} texts of {slots} tokens",
+            needed,
+            device,
+            "fewer texts at a time (batch_size), shorter ones",
+        )
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)

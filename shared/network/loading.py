@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shared.errors import UserError
 from shared.family import shipped_folder, shipped_names
 from shared.network.configuration import DTYPES, DecoderConfig, named_dtype
 from shared.network.kv_cache import BlockCache
+from shared.network.memory import bytes_of, check_room
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer*", "*.model"]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor when the config ties them
@@ -28,19 +30,23 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
-def checkpoint_folder(path_or_id: str | Path, holds: str = "config.json") -> Path:
+def checkpoint_folder(path_or_id: str | Path, revision: str | None = None, holds: str = "config.json") -> Path:
     """A local checkpoint folder, else the folder of a shipped checkpoint (``SDAR/tiny``); a hub id (``organisation/name``) is downloaded into the
-    Hugging Face cache first. ``holds``: the file that makes it one."""
+    Hugging Face cache first, at a ``revision`` (a branch, a tag, a commit) where one is given. A folder has none. ``holds``: the file that makes it one."""
+    if not isinstance(path_or_id, str | Path):
+        raise UserError(f"model is {path_or_id!r}. Allowed: a checkpoint folder, one that ships here, a hub id")
     if not str(path_or_id).strip():
         raise UserError("model '' is empty. Allowed: a checkpoint folder, one that ships here, a hub id")
     folder = Path(path_or_id)
+    if revision is not None and (folder.is_dir() or shipped_folder(str(path_or_id)) is not None):
+        raise UserError(f"revision is {revision!r}, but {str(path_or_id)!r} is a folder. Allowed: with a hub id alone")
     if folder.is_dir():
         if not (folder / holds).is_file():
             raise UserError(f"model {str(path_or_id)!r}: the folder has no {holds}")
         return folder
     name = str(path_or_id)
     if (shipped := shipped_folder(name)) is not None:
-        return checkpoint_folder(shipped, holds)
+        return checkpoint_folder(shipped, holds=holds)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         ships = ", ".join(shipped_names())
         raise UserError(
@@ -49,9 +55,12 @@ def checkpoint_folder(path_or_id: str | Path, holds: str = "config.json") -> Pat
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
-        raise UserError(f"model {name!r}: not a folder here, and the hub did not give it ({_reason(error)})") from error
+        of = "" if revision is None else f" of revision {revision!r}"
+        raise UserError(
+            f"model {name!r}: not a folder here, and the hub did not give it{of} ({_reason(error)})"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -187,6 +196,34 @@ def _check_names(folder: Path, expected: Mapping[str, torch.Size], found: Mappin
             raise UserError(f"{folder}: {key} is {list(found[key])}, the config asks for {list(shape)}")
 
 
+def check_layers(folder: Path, config: DecoderConfig) -> None:
+    """Raise `UserError` where the config asks for more layers than the weight files have tensors: such a network is not even begun."""
+    found = 0
+    with naming_damage(folder):
+        for shard in _shards(folder):
+            with safe_open(shard, framework="pt") as file:
+                found += len(file.keys())
+    if config.num_hidden_layers > found:
+        name = config.name_of("num_hidden_layers")
+        raise UserError(
+            f"{folder}: config.json has {name} {config.num_hidden_layers}, the weight files hold {found} tensors. Allowed: as many layers as they hold"
+        )
+
+
+def on_meta(kind: type[CheckpointModel], config: DecoderConfig, where: str) -> CheckpointModel:
+    """The network without its weights; `UserError` for sizes beyond what torch can count."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: no network can be made of this config ({_reason(error)})") from error
+
+
+def network_bytes(model: nn.Module) -> int:
+    """Of its parameters and buffers."""
+    return bytes_of([*model.parameters(), *model.buffers()])
+
+
 class CheckpointModel(nn.Module):
     """A module that loads itself from a checkpoint folder or hub id. Subclasses set ``config_class``, the special ids of the family's released
     checkpoints, ``checkpoint_keys`` where these name things otherwise, and ``divides`` where `shared.scripts.tensor_parallel` cannot cut them.
@@ -257,6 +294,7 @@ class CheckpointModel(nn.Module):
             raise UserError(f"{folder}: config.json cannot be used ({_reason(error)})") from error
         if problem := config.problem():
             raise UserError(f"{folder}: {problem}")
+        check_layers(folder, config)
         return folder, config
 
     @classmethod
@@ -272,15 +310,7 @@ class CheckpointModel(nn.Module):
         ``dtype="auto"`` keeps the checkpoint's (float32 on a CPU); ``device="auto"`` is the GPU when there is one.
         """
         device = resolve_device(device)
-        folder, config = cls.read_config(path_or_id)
-        dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        tied = config.tie_word_embeddings and _HEAD in model.state_dict()
-        if tied:
-            model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
-        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-        shards = checked_shards(folder, shapes, [_HEAD] if tied else [], cls.checkpoint_key)
+        model, shards, tied = cls._planned(path_or_id, dtype, device)
         model.to_empty(device=device)
         # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
         targets = model.state_dict()
@@ -288,8 +318,30 @@ class CheckpointModel(nn.Module):
             targets[key].copy_(tensor)
         if tied:
             model.get_submodule("lm_head").weight = model.get_parameter(_EMBEDDING)
-        model.folder = folder
         return model.eval().requires_grad_(False)
+
+    @classmethod
+    def check_pretrained(
+        cls, path_or_id: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    ) -> CheckpointModel:
+        """Raise the `UserError` that `from_pretrained` would, without reading a weight; the network on meta."""
+        return cls._planned(path_or_id, dtype, resolve_device(device))[0]
+
+    @classmethod
+    def _planned(cls, path_or_id: str | Path, dtype: torch.dtype | str, device: torch.device) -> tuple:
+        """``(network on meta, weight files, is its head the embedding?)``, checked."""
+        folder, config = cls.read_config(path_or_id)
+        dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), device)
+        model = on_meta(cls, config, str(folder)).to(dtype)
+        tied = config.tie_word_embeddings and _HEAD in model.state_dict()
+        if tied:
+            model.get_submodule("lm_head").weight = None  # not allocated: it is the embedding
+        shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        shards = checked_shards(folder, shapes, [_HEAD] if tied else [], cls.checkpoint_key)
+        allowed = "a smaller checkpoint, or another device or dtype"
+        check_room(f"{folder}: the network", network_bytes(model), device, allowed)
+        model.folder = folder
+        return model, shards, tied
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` in the layout `from_pretrained` reads. ``dtype`` is that of the weights; buffers keep theirs."""
@@ -354,7 +406,9 @@ def load_tokenizer(path_or_id: str | Path):
     backend = saved.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
     kind = PreTrainedTokenizerFast if backend else AutoTokenizer
     try:
-        return kind.from_pretrained(folder, trust_remote_code=False, **renamed)
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, **renamed)
+        tokenizer.decode(tokenizer("a word")["input_ids"], skip_special_tokens=True)
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
 
@@ -380,7 +434,11 @@ def special_ids(
     mask = _mask_id(mask_id, config, tokenizer, family_mask)
     if stop_ids is None:
         stop_ids = _stop_ids(mask, config, folder, tokenizer, [i for i in family_stop if i < vocab_size])
-    stops = tuple(int(i) for i in stop_ids)
+    stops = tuple(stop_ids)
+    for value in stops:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise UserError(f"stop ids hold {value!r} (generation config, config or tokenizer). Allowed: whole numbers")
+    stops = tuple(map(int, stops))
     for field, value in [("mask_id", mask), *(("stopping_criteria_idx", i) for i in stops)]:
         if not 0 <= value < vocab_size:
             raise UserError(f"{field} {value} is outside the vocabulary. Allowed: 0 to {vocab_size - 1}")

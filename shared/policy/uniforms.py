@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.network.memory import check_room
+
 
 def request_uniforms(seed: int, request: int, count: int) -> np.ndarray:
     """The first ``count`` uniforms of a request, float32 in [0, 1) on a grid of 2**-24 (Philox, keyed by seed and request)."""
@@ -37,7 +39,10 @@ class Uniforms:
     ):
         """``room``: allocate for at least this many numbers a row."""
         self.seed, self.capacity, self.recorded = seed, capacity, recorded
-        self.table = torch.zeros(rows, max(1, capacity, room), device=device)
+        numbers = max(1, capacity, room)
+        allowed = "fewer texts at a time (batch_size), shorter ones, fewer denoising_steps"
+        check_room(f"{numbers} random numbers for each of {rows} texts", 4 * rows * numbers, device, allowed)
+        self.table = torch.zeros(rows, numbers, device=device)
         self.cursor = torch.zeros(rows, dtype=torch.long, device=device)
 
     def assign(self, row: int, request: int) -> None:

@@ -24,10 +24,13 @@ from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_de
 from shared.options import ALIASES, FlatOptions, check, coerce, option
 from shared.output import Completion, Output
 from shared.scripts import tensor_parallel
+from shared.scripts.claims import claimed, join
 from shared.scripts.distributed import World
+from shared.scripts.files import check_file, check_writable, write_whole
+from shared.scripts.identity import code_version, files_of, prompts_as_settings
 from shared.scripts.judging import is_solved
-from shared.scripts.prompts import encode_prompt, read_prompt_file, spell_out
-from shared.scripts.store import Store, check_writable
+from shared.scripts.prompts import as_typed, encode_prompt, read_prompt_file, spell_out
+from shared.scripts.store import Store
 from shared.trace import Trace, format_trace
 
 
@@ -63,10 +66,10 @@ class ScriptArguments:
             raise UserError("prompt and prompt_file are both given. Allowed: one of them")
         if self.trace is not None and not Path(self.trace).parent.is_dir():
             raise UserError(f"trace {self.trace!r}: no such folder. Allowed: a file in a folder that is there")
-        if self.trace is not None and Path(self.trace).is_dir():
-            raise UserError(f"trace {self.trace!r} is a folder. Allowed: a file")
         if self.trace is not None:
-            check_writable(Path(self.trace).parent)
+            check_file("trace", self.trace)
+        if self.output_dir == "":
+            raise UserError("output_dir is empty. Allowed: a folder")
         if self.output_dir is not None:
             check_writable(Path(self.output_dir))
         if self.compare and self.tensor_parallel > 1:
@@ -215,7 +218,7 @@ def load_prompts(script: ScriptArguments, tokenizer, demo: Path, default: str) -
     if script.prompt_file is not None:
         records = read_prompt_file(script.prompt_file)
     elif script.prompt is not None:
-        records = [{"prompt": script.prompt}]
+        records = [{"prompt": as_typed(script.prompt)}]
     else:
         records = read_prompt_file(demo) if demo.is_file() else [{"prompt": default}]
     try:
@@ -309,7 +312,7 @@ def print_texts(
             more = "" if stats_of is None else f"{stats_of(completion.trace)}\n"
             print(f"=== steps of text {completion.request}\n{format_trace(completion.trace, tokenizer)}\n{more}")
     if script.trace is not None:
-        Path(script.trace).write_text(json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
+        write_whole(script.trace, json.dumps([c.trace.to_json() for c in output.completions]) + "\n")
 
 
 def format_comparison(rows: Mapping[str, Output], solved: Mapping[str, int | None]) -> str:
@@ -387,6 +390,11 @@ class Script:
         if script.trust_remote_code:
             print("note: --trust_remote_code has no effect, this repository's own code is used", file=sys.stderr)
         world = World.from_environment(script.tensor_parallel)
+        with claimed(script.output_dir if world.rank == 0 else None, several=world.size > 1):
+            self.decode_all(script, options, preset, world)
+
+    def decode_all(self, script: ScriptArguments, options, preset: str | None, world: World) -> None:
+        """Load, decode, print."""
         source = self.source(script)
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
@@ -438,22 +446,39 @@ class Script:
         """The checkpoint in the header."""
         return "tiny" if self.is_shipped(script) else source
 
+    def checkpoints(self, script: ScriptArguments, source: str) -> dict[str, str]:
+        """All that is loaded, by role."""
+        return {"model": source}
+
     def load(self, script: ScriptArguments, source: str, world: World, device):
         """The network."""
         return tensor_parallel.load(self.model_class, source, world, dtype=script.dtype, device=device)
 
-    def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
-        """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
-        run = {
-            "model": source,
+    def made_by(self, script: ScriptArguments, options, model, prompts, source: str) -> dict:
+        """All that decides what the texts are."""
+        return {
             "decoder": self.title,
             "seed": script.seed,
             "dtype": str(model.dtype)[6:],
             "options": options.to_flat(),
-            "prompts": prompts,
+            "file": {
+                file: told
+                for files in files_of(self.checkpoints(script, source)).values()
+                for file, told in files.items()
+            },
+            "code version": code_version(self.folder),
+            "prompts": len(prompts),
+            "prompt": prompts_as_settings(prompts),
         }
-        # One process reads the folder, before any writes there.
-        found = world.decided(lambda: found_texts(script, run)) if script.output_dir is not None else {}
+
+    def decode(self, script, options, model, tokenizer, records, prompts, source, world) -> Output | None:
+        """Decode this process's share of what is not on disk yet, printing or storing each text as it finishes."""
+        found, run = {}, None
+        if script.output_dir is not None:
+            run = self.made_by(script, options, model, prompts, source)
+            # One process reads the folder, before any writes there.
+            found = world.decided(lambda: found_texts(script, run))
+            join(script.output_dir)
         results = Store(script.output_dir, "outputs", "index", rank=world.rank, run=run, found=found)
         todo = [k for k in world.share(range(len(prompts))) if k not in results.found]
         if results.found and world.rank == 0:

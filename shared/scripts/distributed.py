@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shared.errors import UserError
+from shared.errors import ToldElsewhere, UserError
 from shared.output import Output
 from shared.trace import add_lanes
 
@@ -65,7 +65,7 @@ class World(NamedTuple):
         return name
 
     def decided(self, decide: Callable[[], Any]) -> Any:
-        """What ``decide()`` gives on rank 0, the only one that calls it; the others wait for it. A `UserError` is raised on all."""
+        """What ``decide()`` gives on rank 0, the only one that calls it; the others wait for it. A `UserError` is raised on all, and told by rank 0."""
         if self.size == 1:
             return decide()
         told = [None, None]
@@ -76,7 +76,7 @@ class World(NamedTuple):
                 told[1] = str(error)
         _met().broadcast_object_list(told, src=0)
         if told[1] is not None:
-            raise UserError(told[1])
+            raise (UserError if self.rank == 0 else ToldElsewhere)(told[1])
         return told[0]
 
     def gather(self, output: Output | None) -> Output | None:

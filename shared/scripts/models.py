@@ -58,6 +58,20 @@ def check_roles(family: Family, decoder: str, checkpoints: Mapping[str, str]) ->
             raise UserError(f"{role} is missing. Allowed with decoder {decoder!r} of {family.name}: {role}=CHECKPOINT")
 
 
+def check_models(
+    family: Family, checkpoints: Mapping[str, str], *, dtype: torch.dtype | str = "auto", device="cpu"
+) -> dict[str, CheckpointModel]:
+    """Raise the `UserError` that `load_models` would, without reading a weight; the network of every role, on meta."""
+    networks = {role: family.networks[role] for role in checkpoints}
+    return {
+        role: network_of(network, checkpoints[role]).model_class.check_pretrained(
+            checkpoints[role], dtype=dtype, device=device
+        )
+        for role, network in networks.items()
+        if isinstance(network, Network)
+    }
+
+
 def load_models(
     family: Family, checkpoints: Mapping[str, str], *, dtype: torch.dtype | str = "auto", device="cpu"
 ) -> dict[str, CheckpointModel]:

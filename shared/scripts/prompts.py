@@ -50,6 +50,22 @@ def _record(line: str, where: str) -> dict:
     return record
 
 
+def as_typed(argument: str) -> str:
+    """A prompt of a command line, which is UTF-8 where Python, in another locale, took its bytes one by one."""
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt is no UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise `UserError` for half a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds {text[error.start]!a}, half a character. Allowed: Unicode text") from None
+
+
 def _check_record(record: dict) -> None:
     """Raise `UserError` unless the record has messages, each a role and a text, or else a prompt that says something."""
     messages, prompt = record.get("messages"), record.get("prompt")
@@ -58,10 +74,14 @@ def _check_record(record: dict) -> None:
             parts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
             if not all(isinstance(part, str) for part in parts):
                 raise UserError(f"message {k} is no object with texts under 'role' and 'content'")
+            for part in parts:
+                check_text(part, f"message {k}")
     elif messages or not isinstance(prompt, str):
         raise UserError("no text under 'prompt' and no list under 'messages'")
     elif not prompt.strip():
         raise UserError("the prompt is empty. Allowed: some text")
+    else:
+        check_text(prompt, "the prompt")
 
 
 def encode_prompt(tokenizer, record: dict, *, chat: bool = True) -> list[int]:
@@ -72,8 +92,19 @@ def encode_prompt(tokenizer, record: dict, *, chat: bool = True) -> list[int]:
         return tokenizer("\n".join(m["content"] for m in messages), add_special_tokens=False)["input_ids"]
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; --no_chat sends the prompt as it is")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = templated(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def templated(tokenizer, messages: list[dict], **how) -> str:
+    """``messages`` through the chat template; `UserError` where it refuses them, or is damaged."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except Exception as error:  # of jinja2, or what a template raises
+        reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+        raise UserError(
+            f"the chat template fails ({reason}). Allowed: messages that it takes, or none (--no_chat)"
+        ) from error
 
 
 def spell_out(tokenizer, ids: list[int], mask_id: int) -> list[int]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,23 @@ class Verdict:
     passed: bool
     reason: str
     how: str = ""
+
+
+DEATHS: list[str] = []  # how each program that `solves` saw dying in this process died
+
+
+def solves(verdict: Verdict) -> bool:
+    """Does the verdict solve a problem? A death does not; it is counted apart from a failed test."""
+    if verdict.reason == "died":
+        DEATHS.append(verdict.how)
+    return verdict.passed
+
+
+def told(deaths: Iterable[str]) -> str:
+    """``deaths`` in a few words; none, nothing."""
+    counts = Counter(deaths)
+    how = ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+    return f"{counts.total()} programs died with their interpreter ({how}), counted as not solved" if counts else ""
 
 
 def run(program: str, limits: Limits | None = None) -> Verdict:

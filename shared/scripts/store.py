@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from shared.errors import UserError
+from shared.scripts.files import append_whole, check_writable, whole_lines
+from shared.scripts.identity import difference, note
 
 
 class Store:
@@ -33,7 +34,7 @@ class Store:
     ):
         self.root = None if folder is None else Path(folder)
         self.key, self.rank, self.run, self.resume = key, rank, run, resume
-        self.file: TextIO | None = None
+        self.file: FileIO | None = None
         self.found: dict = found or {}
         if self.root is None:
             return
@@ -56,10 +57,16 @@ class Store:
         """Write a record; it is on disk when this returns."""
         if self.root is None:
             return
-        if self.file is None:
-            self._open()
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace")
+        try:
+            if self.file is None:
+                self._open()
+            append_whole(self.file, line)
+        except OSError as error:
+            raise UserError(
+                f"output folder {str(self.root)!r} takes no more ({error.strerror}). What is there is whole: "
+                "the same command goes on with it once there is room"
+            ) from error
 
     def close(self) -> None:
         if self.file is not None:
@@ -69,48 +76,19 @@ class Store:
     def _open(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         if self.run is not None:
-            unfinished = self.root / f"run.json.{self.rank}"  # a killed run must not leave half a run.json
-            unfinished.write_text(json.dumps(self.run, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, self.root / "run.json")
+            note(self.root / "run.json", self.run)
         if self.resume and self.path.is_file():
             os.truncate(self.path, len(whole_lines(self.path)))
-        self.file = self.path.open("a" if self.resume else "w", encoding="utf-8")
+        self.file = self.path.open("ab" if self.resume else "wb", buffering=0)
 
     def _check_run(self) -> None:
         """Raise `UserError` if the folder holds results of another run."""
-        settings = self.root / "run.json"
-        try:
-            same = not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")) == self.run
-        except ValueError as error:
+        if differ := difference(self.root / "run.json", self.run):
+            key, now, before = differ
             raise UserError(
-                f"{settings} is damaged ({error}). Allowed: an empty folder, or a whole run.json"
-            ) from error
-        if not same:
-            raise UserError(
-                f"output folder {str(self.root)!r} holds results of other settings (run.json). Allowed: an empty folder, or the same settings"
+                f"output folder {str(self.root)!r} holds results of other settings: {key} is {now}, there it was {before}. "
+                "Allowed: the same settings, or another folder"
             )
-
-
-def check_writable(folder: Path) -> None:
-    """Raise `UserError` unless ``folder`` is one, or can be made. Nothing is left there."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        which = "is a file" if there == folder else f"is under a file ({there})"
-        raise UserError(f"output folder {str(folder)!r} {which}. Allowed: a folder")
-    try:
-        if not os.access(there, os.W_OK):
-            raise PermissionError
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        message = f"output folder {str(folder)!r} cannot be written ({there}). Allowed: a folder of yours"
-        raise UserError(message) from error
-
-
-def whole_lines(path: Path) -> bytes:
-    """The file less half a last line, which a killed run may leave."""
-    kept = path.read_bytes()
-    return kept[: kept.rfind(b"\n") + 1]
 
 
 def records_in(folder: Path, name: str, key: str) -> dict:

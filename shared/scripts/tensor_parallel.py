@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from shared.network.loading import CheckpointModel, read_state_dict, resolve_dtype
+from shared.network.loading import CheckpointModel, network_bytes, on_meta, read_state_dict, resolve_dtype
+from shared.network.memory import check_room
 from shared.scripts.distributed import World
 
 _BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
@@ -172,14 +173,16 @@ def shard(
     """`CheckpointModel.from_pretrained`, of which this process reads and keeps its part, on ``group.device``."""
     folder, config = model_class.read_config(path_or_id)
     model = skeleton(model_class, config, group)
-    with torch.device("meta"):
-        expected = {key: tensor.shape for key, tensor in model_class(config).state_dict().items()}
+    expected = {key: tensor.shape for key, tensor in on_meta(model_class, config, str(folder)).state_dict().items()}
+    dtype = resolve_dtype(dtype, getattr(config, "torch_dtype", None), group.device)
+    needed = network_bytes(copy.deepcopy(model).to(dtype))
+    check_room(f"{folder}: this process's part of the network", needed, group.device, "more processes, another dtype")
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     expected = {key: shape for key, shape in expected.items() if key not in tied}
     state = read_state_dict(
         folder,
         expected,
-        dtype=resolve_dtype(dtype, getattr(config, "torch_dtype", None), group.device),
+        dtype=dtype,
         device=group.device,
         ignored=tied,
         part=lambda key, weight: cut(key, weight, group),

@@ -183,3 +183,12 @@ def test_time_in_graphs_is_each_shape_times_its_replays(monkeypatch):
     replays = Counter({Shape(1, 16): 4, Shape(2, 20, picks=4): 3})
     assert benchmark.seconds_in_graphs(runner, replays, "cpu") == 4 * 0.25 + 3 * 0.5
     assert replayed == [(Shape(1, 16), 1), (Shape(2, 20, picks=4), 2)]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--profile"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(flag, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "load", lambda *a: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "x", "/proc/none/x"):
+        with pytest.raises(UserError, match="Allowed: a f"):
+            benchmark.main([*SMALL, flag, str(place)])

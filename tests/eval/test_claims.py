@@ -10,12 +10,12 @@ import pytest
 
 from eval import compare
 from eval.__main__ import predictions_of
-from eval.claims import check_fresh, claim, release
 from eval.model import DraftAndVerifyLM
 from shared.errors import UserError
+from shared.scripts.claims import check_fresh, claim, release
 
 TINY = str(Path(__file__).parents[2] / "SDAR" / "tiny")
-HOLDER = "import sys; from eval.claims import claim; claim(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+HOLDER = "import sys; from shared.scripts.claims import claim; claim(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 
 
 @pytest.fixture
@@ -59,6 +59,24 @@ def test_two_runs_do_not_share_a_folder(held):
     claim(folder)  # what a killed run held is free
     claim(folder)
     release(folder)
+
+
+def test_a_run_of_several_processes_holds_its_folder_until_the_last_ends(tmp_path):
+    program = (
+        "import sys; from shared.scripts.claims import claim, join; {}; print('held', flush=True); sys.stdin.read()"
+    )
+    running = []
+    for how in ("claim(sys.argv[1], several=True)", "join(sys.argv[1])"):
+        call = [sys.executable, "-c", program.format(how), str(tmp_path)]
+        running.append(subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert running[-1].stdout.readline() == "held\n"
+    for process in running:
+        with pytest.raises(UserError, match="is in use by another run"):
+            claim(tmp_path)
+        process.kill()
+        process.communicate()
+    claim(tmp_path)
+    release(tmp_path)
 
 
 def test_a_folder_that_cannot_be_is_told_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -17,9 +17,8 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
 from eval import agreement, calibration, compare, plots, results
-from eval.cells import cell_key
+from eval.cells import OFFLINE, Bench, cell_key
 from eval.docs import refreshed
-from eval.families import fingerprint
 from eval.grid import grid_of, read_grid, run_of_flag
 from eval.records import trace_of
 from eval.roofline import Machine
@@ -28,6 +27,7 @@ from sdar import SDARForCausalLM
 from shared.errors import UserError
 from shared.network.sizes import sizes_of
 from shared.output import Completion
+from shared.scripts.identity import fingerprint
 from shared.trace import Spent, Trace, Verify
 
 ROOT = Path(__file__).parents[2]
@@ -159,12 +159,52 @@ def test_a_grid_sweeps_lists_and_variants():
         ({"runs": [{"name": "{block}"}]}, "asks for 'block'"),
         ({"baseline": "two"}, "unknown baseline"),
         ({"tasks": []}, "no runs or no tasks"),
+        ({"tasks": "instructions"}, "tasks is 'instructions'. Allowed: a list"),
+        ({"tasks": [{"metric": "acc"}]}, "a task is {'metric': 'acc'}. Allowed: a name"),
+        ({"tasks": [{"task": "instructions", "matric": "acc"}]}, "did you mean metric"),
+        ({"runs": ["SDAR"]}, "a run is 'SDAR'. Allowed: a mapping"),
+        ({"runs": [{"options": [1]}]}, "options of a run is [1]. Allowed: a mapping"),
+        ({"runs": [{"options": {8: 1}}]}, "unknown option '8'"),
+        ({"runs": [{"variants": {"a": 1}}]}, "variant 'a' is 1. Allowed: a mapping"),
+        ({"runs": [{"name": "{"}]}, "name '{' cannot be filled in"),
+        ({"runs": [{"preset": "tinny"}]}, "did you mean tiny"),
+        ({"problems": "all"}, "problems is 'all'. Allowed: int"),
+        ({"problems": 0}, "problems is 0. Allowed: at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"calibrate": -1}, "calibrate is -1. Allowed: at least 0"),
+        ({"chat": "perhaps"}, "chat is 'perhaps'. Allowed: true or false"),
     ],
 )
 def test_a_wrong_grid_is_told_in_one_line(change, message):
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         grid_of({**GRID, **change})
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["instructions", "instruction"]}, "unknown task 'instruction'; did you mean instructions"),
+        ({"tasks": ["instructions", "functions"]}, "task 'functions' runs model-written code. Allowed: --confirm_run"),
+        ({"tasks": [{"task": "instructions", "metric": "accuracy"}]}, "unknown metric 'accuracy'"),
+        ({"tasks": [{"task": "instructions", "metric": "acc,strict"}]}, "unknown filter of metric 'strict'"),
+        ({"runs": [*RUNS, {"pretrained": "/none", "name": "x"}]}, "model '/none': no such folder"),
+        ({"runs": [*RUNS, {"options": {"max_new_tokens": 10**6}, "name": "x"}]}, "max_new_tokens is 1000000. Allowed"),
+        ({"runs": [*RUNS, {"options": {"mask_id": 10**6}, "name": "x"}]}, "mask_id 1000000 is outside the vocabulary"),
+        ({"dtype": "float7"}, "dtype 'float7' is unknown"),
+    ],
+    ids=str,
+)
+def test_all_is_checked_before_the_first_cell(change, message, monkeypatch, tmp_path):
+    """A grid whose first cells would do is refused for what only its last one has."""
+    monkeypatch.setattr("eval.cells.OFFLINE", (*OFFLINE, "instruction"))  # without lm-eval's index of public tasks
+    monkeypatch.setattr(Bench, "__init__", lambda *a, **k: pytest.fail("begun"))
+    (tmp_path / "grid.yaml").write_text(json.dumps({**GRID, **change}))
+    with pytest.raises(UserError) as caught:
+        compare.main([str(tmp_path / "grid.yaml"), "--output", str(tmp_path / "out"), "--device", "cpu"])
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)

@@ -18,13 +18,13 @@ from lm_eval.api.instance import Instance
 
 from eval import code_eval
 from eval.__main__ import prepared
-from eval.families import fingerprint
 from eval.grid import settings_of
 from eval.model import DraftAndVerifyLM, batch_of
 from sdar.generate_ssd_policy import block_diffusion_generate
 from shared.errors import UserError
 from shared.family import FAMILIES, imported
 from shared.network.loading import load_tokenizer
+from shared.scripts.identity import fingerprint
 from train.make_tasks import lines
 from train.tasks import TASKS, is_held_out
 
@@ -113,6 +113,61 @@ def test_lm_evals_cache_is_refused(config, monkeypatch, tmp_path):
         command_line(monkeypatch, [*words, "--output_path", str(tmp_path / "run")])
     assert not list(tmp_path.rglob("*.jsonl"))
     assert not list(tmp_path.rglob("*.db"))
+
+
+DOOR = ["--model", "dllm", "--model_args", f"pretrained={TINY}", "--limit", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "instruction"], "instruction"),
+        (["--tasks", "functions"], "task 'functions' runs model-written code. Allowed: --confirm_run_unsafe_code"),
+        (["--tasks", "instructions", "--log_samples"], "--output_path"),
+        (["--tasks", "instructions", "--config", "/none/x.yaml"], "Config file not found"),
+        (["--tasks", "{folder}/broken.yaml"], "broken"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_is_told_before_the_model_is_loaded(words, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.model.load_models", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "broken.yaml").write_text("task: [broken")
+    with pytest.raises(UserError) as caught:
+        command_line(monkeypatch, [*DOOR, *(w.format(folder=tmp_path) for w in words)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_settings_is_read_as_flags_are(monkeypatch, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"model: dllm\nmodel_args: pretrained={TINY},block_length=8\ngen_kwargs: max_gen_toks=4\nseed: 7\ntasks: instructions\nlimit: 1\n"
+    )
+    results = command_line(
+        monkeypatch, ["--config", str(tmp_path / "run.yaml"), "--output_path", str(tmp_path / "run")]
+    )
+    decoding = results["config"]["decoding"]
+    assert decoding["seed"] == 7
+    assert [decoding["options"]["instructions"][k] for k in ("block_length", "max_new_tokens")] == [8, 4]
+
+
+def test_results_that_are_not_saved_are_an_error(monkeypatch, tmp_path):
+    """lm-eval would only warn. The texts are there, and the same command with --resume has nothing to decode."""
+    write_text = Path.write_text
+
+    def full(path, *a, **k):
+        if path.name.startswith("results_"):
+            raise OSError(28, "No space left on device")
+        return write_text(path, *a, **k)
+
+    words = [*DOOR, "--tasks", "instructions", "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            UserError, match=r"the results are not saved \(.*No space left on device\). Allowed: the same"
+        ):
+            command_line(patch, words)
+    assert command_line(monkeypatch, [*words, "--resume"])["config"]["decoding"]["texts"] == 1
+    assert len((tmp_path / "run/predictions/predictions.jsonl").read_text().splitlines()) == 1
 
 
 SEED_COMMANDS = {
@@ -432,6 +487,36 @@ def test_code_eval_is_run_here():
     )
     assert found == {"pass@1": 0.5}
     assert results == {0: [True, False]}
+
+
+def test_a_revision_of_a_hub_id_is_loaded(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["revision"])) or TINY
+    )
+    lm = DraftAndVerifyLM(pretrained="some/model", revision="v2")
+    assert asked == [("some/model", "v2")]
+    assert (lm.pretrained, lm.checkpoints) == ("some/model", {"model": TINY})
+
+
+def test_programs_that_died_are_told_apart(monkeypatch, caplog):
+    """A death is no failed test: it is counted, warned about, and in the results file."""
+    deaths = []
+    monkeypatch.setattr("shared.scripts.sandbox.DEATHS", deaths)
+    programs = [
+        "assert False",
+        "import os\nos._exit(0)",
+        "import ctypes\nctypes.string_at(0)",
+        "import os\nos._exit(0)",
+    ]
+    found, results = code_eval.CodeEval().compute(["x = 1"] * 4, [[p] for p in programs])
+    assert (found, results) == ({"pass@1": 0.0}, {k: [False] for k in range(4)})
+    assert sorted(deaths) == ["SIGSEGV", "exit code 0", "exit code 0"]
+    info = DraftAndVerifyLM(pretrained=TINY).get_model_info()["decoding"]
+    assert info["programs_died"] == {"exit code 0": 2, "SIGSEGV": 1}
+    assert "3 programs died with their interpreter (2 x exit code 0, 1 x SIGSEGV), counted as not solved" in caplog.text
 
 
 def test_public_code_tasks_are_judged_here(monkeypatch):

@@ -58,17 +58,17 @@ def run(folder, documents: int, processes: int) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_uneven_shares_are_not_padded(tmp_path):
-    """Three documents, twice each, by two processes: what one process gives."""
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+    """Documents, twice each, by two processes: what one process gives, also where the second gets no document."""
+    found = {}
+    for documents, processes in ((3, 1), (3, 2), (1, 2)):
+        folder = tmp_path / f"{documents}-{processes}"
         folder.mkdir()
-        done = run(folder, 3, processes)
+        done = run(folder, documents, processes)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads((folder / "found.json").read_text()))
+        resps, texts = found[documents, processes] = json.loads((folder / "found.json").read_text())
+        assert [[len(r) for r in of] for of in resps] == [[2]] * documents
+        assert texts == 2 * documents
         lines = [line for path in (folder / "texts").glob("*.jsonl") for line in path.read_text().splitlines()]
-        assert len(lines) == 6
-    resps, texts = found[1]
-    assert [[len(r) for r in of] for of in resps] == [[2]] * 3
-    assert texts == 6
-    assert found[0] == found[1]
+        assert len(lines) == 2 * documents
+    assert found[3, 1] == found[3, 2]
+    assert found[1, 2][0] == found[3, 1][0][:1]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sdar
 from sdar import generate, generate_ssd_policy
+from shared.scripts.identity import fingerprint
 
 TINY = Path(sdar.__file__).parent / "tiny"
 FAST = ["--max_new_tokens", "24", "--device", "cpu"]
@@ -115,6 +116,64 @@ def test_a_run_that_was_cut_short_resumes(capsys, tmp_path):
     again = {r["index"]: r for r in map(json.loads, (tmp_path / "cut/outputs.jsonl").read_text().splitlines())}
     assert {k: r["token_ids"] for k, r in again.items()} == {k: r["token_ids"] for k, r in whole.items()}
     assert "other settings" in refused(capsys, [*FAST, *argv, str(tmp_path / "cut"), "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["generation_config.json", "config.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"],
+)
+def test_a_resume_notices_any_file_that_can_change_a_text(capsys, copy, tmp_path, name):
+    argv = ["--prompt", "What is 2 + 2?", "--model", str(copy), "--output_dir", str(tmp_path / "out")]
+    run(argv)
+    fingerprint.cache_clear()
+    run(argv)
+    assert "1 of 1 texts are in" in capsys.readouterr().out
+    kept = (tmp_path / "out/outputs.jsonl").read_bytes()
+    if name == "model.safetensors":
+        os.utime(copy / name, ns=(1, 1))
+    else:
+        template = b"{% for m in messages %}{{ m.content }}{% endfor %}"
+        (copy / name).write_bytes((copy / name).read_bytes() + b" " if (copy / name).exists() else template)
+    fingerprint.cache_clear()
+    assert f"other settings: file {name} is [" in refused(capsys, [*FAST, *argv])
+    assert (tmp_path / "out/outputs.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--block_length", "4"], "options block_length is 4, there it was "),
+        (["--no_chat"], "prompt 0 is '"),
+        (["--seed", "1"], "seed is 1, there it was 42"),
+    ],
+)
+def test_a_resume_names_what_differs(capsys, copy, tmp_path, change, said):
+    argv = ["--prompt", "What is 2 + 2?", "--model", str(copy), "--output_dir", str(tmp_path / "out")]
+    run(argv)
+    capsys.readouterr()
+    assert f"other settings: {said}" in refused(capsys, [*FAST, *argv, *change])
+
+
+def test_a_resume_notices_other_code(capsys, copy, tmp_path, monkeypatch):
+    argv = ["--prompt", "What is 2 + 2?", "--model", str(copy), "--output_dir", str(tmp_path / "out")]
+    run(argv)
+    capsys.readouterr()
+    monkeypatch.setattr("shared.scripts.cli.code_version", lambda folder: "another")
+    assert "other settings: code version is 'another', there it was '" in refused(capsys, [*FAST, *argv])
+
+
+def test_two_runs_do_not_write_to_one_folder(capsys, tmp_path):
+    """A second run is told at once; what a killed run held is free."""
+    holder = "import sys; from shared.scripts.claims import claim; claim(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    call = [sys.executable, "-c", holder, str(tmp_path / "out")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        argv = ["--prompt", "What is 2 + 2?", "--output_dir", str(tmp_path / "out")]
+        assert "is in use by another run. Allowed: another folder" in refused(capsys, [*FAST, *argv])
+        other.kill()
+    run(argv)
+    run(argv)
+    assert len((tmp_path / "out/outputs.jsonl").read_text().splitlines()) == 1
 
 
 def test_stream_prints_what_batch_prints(capsys):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,26 @@ def test_weights_that_are_not_finite_end_in_one_line(capsys):
         run_main(decode)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: logits are not finite at step 3, first in layer 1\n"
+
+
+def ended(program: str, **more) -> subprocess.CompletedProcess:
+    """A program's end; its main is ``main``."""
+    program = f"from shared.errors import UserError, run_main\n{program}\nrun_main(main)"
+    return subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_a_terminal_that_shows_ascii_gets_question_marks():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = ended("main = lambda: print('中文 ±', '\\ud800')", stdout=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?? ? ?\n", "")
+
+
+def test_output_to_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = ended("main = lambda: print('x')", stdout=full)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def test_a_file_that_is_not_there_is_one_line():
+    done = ended("main = lambda: open('/none/x')")
+    assert (done.returncode, done.stderr) == (2, "error: /none/x: No such file or directory\n")

@@ -219,6 +219,20 @@ def test_a_hub_id_is_downloaded(folder, monkeypatch):
     assert not any("py" in pattern or "bin" in pattern for pattern in flat["allow_patterns"])
 
 
+def test_a_revision_is_of_a_hub_id(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or str(folder))
+    assert checkpoint_folder("some/model", "v2") == folder
+    assert asked[0][1]["revision"] == "v2"
+    for place in (str(folder), "SDAR/tiny"):
+        with pytest.raises(UserError, match=r"revision is 'v2', but '.*' is a folder. Allowed: with a hub id alone"):
+            checkpoint_folder(place, "v2")
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"the hub did not give it of revision 'v2' \(ZeroDivisionError"):
+        checkpoint_folder("some/model", "v2")
+
+
 def test_a_hub_id_without_network(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("no route to host\nand a page of detail")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared.decode.calls import as_prompts
 from shared.errors import UserError
-from shared.scripts.prompts import encode_prompt, read_prompt_file
+from shared.scripts.prompts import as_typed, encode_prompt, read_prompt_file
 
 IDS = [[1, 2], [3, 4]]
 
@@ -194,3 +194,16 @@ def test_no_template():
 def test_an_empty_prompt_is_refused(text):
     with pytest.raises(UserError, match="the prompt is empty"):
         encode_prompt(Letters(), {"prompt": text})
+
+
+def test_a_prompt_typed_in_another_locale_is_utf_8():
+    assert as_typed("中文") == "中文"
+    assert as_typed("中文".encode().decode("ascii", "surrogateescape")) == "中文"
+    with pytest.raises(UserError, match="prompt is no UTF-8 text"):
+        as_typed("a\udcff")
+
+
+@pytest.mark.parametrize("line", [{"prompt": "a\ud800"}, {"messages": [{"role": "user", "content": "\udfff"}]}])
+def test_half_a_character_is_refused(tmp_path, line):
+    with pytest.raises(UserError, match=r"line 1: .* holds '.ud[8f]..', half a character. Allowed: Unicode text"):
+        read_prompt_file(file_of(tmp_path, json.dumps(line) + "\n"))
