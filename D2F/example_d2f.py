@@ -71,10 +71,10 @@ class D2FScript(Script):
         folder = (shipped_folder(name) or Path(name)).resolve()
         return next((n for n in BACKENDS if folder == (HERE / "tiny" / n).resolve()), None)
 
-    def is_shipped(self, script: Arguments) -> bool:
+    def ships(self, script: Arguments) -> bool:
         return self.shipped_name(script) is not None
 
-    def source(self, script: Arguments) -> str:
+    def base(self, script: Arguments) -> str:
         name = self.shipped_name(script)
         return str(HERE / "tiny" / name) if name else script.pretrained or script.model
 
@@ -86,7 +86,7 @@ class D2FScript(Script):
         """What is laid on the base."""
         if script.adapter is not None or self.shipped_name(script) is None:
             return script.adapter
-        return str(Path(self.source(script)) / "adapter")
+        return str(Path(self.base(script)) / "adapter")
 
     def checkpoints(self, script: Arguments, source: str) -> dict[str, str]:
         adapter = self.adapter(script)

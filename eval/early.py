@@ -1,4 +1,4 @@
-"""What lm-eval finds out late or with a traceback, found out in one line before a model is loaded: flags, files, tasks."""
+"""What lm-eval finds out late or with a traceback, told in one line before a model is loaded: flags, files, tasks."""
 
 from __future__ import annotations
 

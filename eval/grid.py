@@ -98,9 +98,9 @@ class Grid:
 _RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants")
 _RUN_KINDS = {k: dict if k in ("options", "variants") else str for k in _RUN_KEYS}
 # Kind and least value of what is said of a whole grid.
-_FIELDS = {"name": (str, None), "about": (str, None), "baseline": (str, None), "problems": (int, 1), "batch_size": (int, 1),
-           "dtype": (str, None),
-           "chat": (bool, None), "num_fewshot": (int, 0), "replays": (int, 0), "calibrate": (int, 0)}  # fmt: skip
+_FIELDS = {"name": (str, None), "about": (str, None), "baseline": (str, None), "problems": (int, 1),
+           "batch_size": (int, 1), "dtype": (str, None), "chat": (bool, None), "num_fewshot": (int, 0),
+           "replays": (int, 0), "calibrate": (int, 0)}  # fmt: skip
 _GRID_KEYS = (*(f.name for f in fields(Grid) if f.name != "settings"), "runs")
 
 

@@ -11,7 +11,7 @@ from lm_eval.api.task import Task
 
 
 def install() -> None:
-    """From now on a process without a document of a task takes the first one as a stand-in. lm-eval has no word for it."""
+    """From now on a process without a document of a task takes the first one as a stand-in. lm-eval does not say so."""
     build = Task.build_all_requests
     if getattr(build, "ours", False):
         return

@@ -172,10 +172,10 @@ def parse(
     description: str,
     shipped: str,
     choice: Choice | None = None,
-    is_shipped: Callable[[ScriptArguments], bool] = lambda script: script.model is None,
+    ships: Callable[[ScriptArguments], bool] = lambda script: script.model is None,
     arguments: type[ScriptArguments] = ScriptArguments,
 ) -> tuple[ScriptArguments, FlatOptions, str | None]:
-    """``(script arguments, decode options, name of the preset in use)``. With the checkpoint that ships (``is_shipped(script)``) the preset
+    """``(script arguments, decode options, name of the preset in use)``. With the checkpoint that ships (``ships(script)``) the preset
     is ``shipped``."""
     parser = build_parser(options, description, tuple(presets), arguments)
     if choice is not None:
@@ -187,7 +187,7 @@ def parse(
         raise unknown_flag(strange[0].split("=")[0].lstrip("-"), parser, choice)
     given, hints = vars(given), get_type_hints(arguments)
     script = arguments(**{k: coerce(k, given.pop(k), hints[k]) for k in hints if k in given})
-    preset = script.preset or (shipped if is_shipped(script) else None)
+    preset = script.preset or (shipped if ships(script) else None)
     if preset is not None and preset not in presets:
         raise unknown_name("preset", preset, presets)
     try:
@@ -384,7 +384,7 @@ class Script:
         run_main(lambda: self.run(argv))
 
     def run(self, argv: Sequence[str] | None) -> None:
-        what = (self.options, self.presets, argv, self.description, self.shipped, self.choice, self.is_shipped)
+        what = (self.options, self.presets, argv, self.description, self.shipped, self.choice, self.ships)
         script, options, preset = parse(*what, self.arguments)
         self.check(options)
         if script.trust_remote_code:
@@ -395,7 +395,7 @@ class Script:
 
     def decode_all(self, script: ScriptArguments, options, preset: str | None, world: World) -> None:
         """Load, decode, print."""
-        source = self.source(script)
+        source = self.base(script)
         tokenizer = load_tokenizer(source)
         records, prompts = load_prompts(
             script, tokenizer, checkpoint_folder(source) / "demo.jsonl", self.default_prompt
@@ -429,22 +429,32 @@ class Script:
         print(format_comparison(rows, solved))
         print(f"\nlossless: {output.lossless}")
 
-    def is_shipped(self, script: ScriptArguments) -> bool:
+    def is_shipped(self, model: str | None) -> bool:
         """Is that the checkpoint in the script's folder, by whatever name?"""
-        if script.model is None:
+        if model is None:
             return True
-        return (shipped_folder(script.model) or Path(self.source(script))).resolve() == (self.folder / "tiny").resolve()
+        return (shipped_folder(model) or Path(self.source(model))).resolve() == (self.folder / "tiny").resolve()
 
-    def source(self, script: ScriptArguments) -> str:
+    def source(self, model: str | None) -> str:
         """The checkpoint to load: ``model``, or the shipped one. A name of a checkpoint in the script's folder works from any folder."""
-        if script.model is None:
+        if model is None:
             return str(self.folder / "tiny")
-        beside = self.folder / script.model
-        return str(beside) if not Path(script.model).exists() and (beside / "config.json").is_file() else script.model
+        beside = self.folder / model
+        return str(beside) if not Path(model).exists() and (beside / "config.json").is_file() else model
+
+    # What a script whose checkpoint is named by more flags than --model says otherwise.
+
+    def ships(self, script: ScriptArguments) -> bool:
+        """Is the preset of the shipped checkpoint the default?"""
+        return self.is_shipped(script.model)
+
+    def base(self, script: ScriptArguments) -> str:
+        """The checkpoint of the network, with its tokenizer."""
+        return self.source(script.model)
 
     def named(self, script: ScriptArguments, source: str) -> str:
         """The checkpoint in the header."""
-        return "tiny" if self.is_shipped(script) else source
+        return "tiny" if self.ships(script) else source
 
     def checkpoints(self, script: ScriptArguments, source: str) -> dict[str, str]:
         """All that is loaded, by role."""

@@ -23,7 +23,8 @@ def load(dtype: str, device: str = "cpu"):
 def test_rounding_is_seen_and_small(capsys):
     precision.main(["--model", str(golden_folder("SDAR") / "model"), "--context", "24", "--device", "cpu"])
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["differences"]
-    assert 1e-5 < rows["plain"]["mean"] < 0.05
+    # Which sums a CPU rounds to bfloat16 is its own affair: 0.04 and 0.052 were seen. A wrong mask or position gives 0.5 and more.
+    assert 1e-5 < rows["plain"]["mean"] < 0.1
     assert rows["plain"]["mean"] <= rows["plain"]["largest"]
 
 
