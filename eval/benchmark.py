@@ -174,7 +174,7 @@ def measure_decode(name: str, decode: TimedDecoder, models: dict, rows: int, arg
     prompts = prompts_of(model, rows, args.context)
     call = {"block_length": args.block_length, "max_new_tokens": args.new_tokens, "stopping_criteria_idx": ()}
     runtime = {"fast": args.fast, "graphs": args.graphs}
-    decode(model, prompts, **{**call, "max_new_tokens": 2 * args.block_length, **runtime})
+    decode(model, prompts, **call, **runtime)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

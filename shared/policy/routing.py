@@ -161,7 +161,7 @@ def bin_of(value: Tensor, low: float, high: float | Tensor, bins: int) -> Tensor
     """Which of ``bins`` equal parts of [low, high] holds ``value [b]`` (clipped into it); ``high`` may differ by row."""
     if bins <= 1:
         return torch.zeros_like(value, dtype=torch.long)
-    high = torch.as_tensor(high, device=value.device).to(value.dtype)
+    high = high.to(value.dtype) if isinstance(high, Tensor) else torch.full_like(value, high)
     inside = torch.minimum(value.clamp(min=low), high)
     part = (bins * (inside - low) / (high - low)).floor().long().clamp(max=bins - 1)
     return torch.where(high > low, part, 0)
