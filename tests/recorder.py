@@ -30,6 +30,7 @@ class Capturing(TorchDispatchMode):
             refused |= any(i is not None and i.dtype == torch.bool for i in args[1])
             refused |= len(args) > 2 and any(args[2] is number for number in self.numbers)
         refused |= kind == ATEN.lift_fresh and args[0].dim() > 0
+        refused |= kind in (ATEN._to_copy, ATEN.to) and any(args[0] is number for number in self.numbers)
         if refused:
             raise RuntimeError(f"{function} cannot be captured")
         result = function(*args, **(kwargs or {}))
