@@ -120,11 +120,11 @@ def grid_of(data: dict) -> Grid:
     if not settings or not tasks:
         raise UserError("a grid has no runs or no tasks. Allowed: at least one of each")
     grid = Grid(settings=settings, tasks=tasks, **{k: v for k, v in data.items() if k not in ("runs", "tasks")})
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     for s in settings:
-        if (s.family, s.name) in seen:
+        if (s.family, s.checkpoint, s.name) in seen:
             raise UserError(f"two settings of {s.family} are called {s.name!r}. Allowed: names that differ")
-        seen.add((s.family, s.name))
+        seen.add((s.family, s.checkpoint, s.name))
     called: dict[tuple[str, str], Mapping[str, str]] = {}
     for s in settings:
         if called.setdefault((s.family, s.checkpoint), s.checkpoints) != s.checkpoints:

@@ -296,6 +296,30 @@ def test_checkpoints_of_one_name_are_refused():
         grid_of({"name": "g", "tasks": ["t"], "runs": runs})
 
 
+def test_checkpoints_of_one_family_share_names_of_settings():
+    """Each is compared with its own baseline, and tables say which it is."""
+    runs = [{"family": "SDAR", "pretrained": f"{folder}/{folder}", "name": "one"} for folder in ("a", "b")]
+    assert [s.name for s in grid_of({"name": "g", "tasks": ["t"], "baseline": "one", "runs": runs}).settings] == [
+        "one"
+    ] * 2
+    with pytest.raises(UserError, match="two settings of SDAR are called 'one'"):
+        grid_of({"name": "g", "tasks": ["t"], "runs": [runs[0], runs[0]]})
+    more = {"tokens": 1, "accepted_per_verify": None, "lossless": True}
+    rows = [contestant("one", 0.9, 1.0, pretrained=name, **more) for name in ("a", "b")]
+    assert [line.split(" | ")[0] for line in list(results.families_table(rows, {}))[2:]] == ["| F a", "| F b"]
+    assert list(results.families_table(rows[:1], {}))[2].startswith("| F | one |")
+
+
+def test_an_adapter_is_a_checkpoint_without_a_network(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    assert [name for name, *_ in fingerprint(str(tmp_path))] == ["adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "adapter_config.json").unlink()
+    fingerprint.cache_clear()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        fingerprint(str(tmp_path))
+
+
 def test_winners_are_the_cheapest_at_equal_accuracy():
     row = contestant
     rows = [row("one", 0.9, 1.0, options={"block_length": 1}), row("plain fast", 0.5, 0.1, p=0.001), row("plain noise", 0.89, 0.2, better=9, worse=10, problems=1000), row("plain slow", 0.9, 0.4),
