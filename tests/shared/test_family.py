@@ -114,6 +114,9 @@ def test_roles(tmp_path, monkeypatch):
     }
     assert family.tiny == "SDAR/tiny"
     assert family.shipped_folder("tiny/drafter") == folder / "drafter"
+    d2f = FAMILIES["D2F"]
+    assert d2f.shipped_folder("llada") == d2f.folder / "tiny/llada", "a network and its adapter"
+    assert d2f.shipped_folder("tiny/llada/adapter") == d2f.folder / "tiny/llada/adapter"
     assert family.shipped_folder("tiny") is None, "no single checkpoint has this name"
     assert family.shipped_folder("tiny/target") is None
     with pytest.raises(UserError, match="unknown shipped checkpoint of Three 'tinny'; did you mean tiny"):
@@ -137,7 +140,7 @@ def test_shipped_checkpoints_have_names_in_any_folder(tmp_path):
     first, second, third, loaded, error = done.stdout.splitlines()
     assert [Path(p) for p in (first, second, third)] == [ROOT / f / "tiny" for f in ("SDAR", "Fast-dLLM-v2", "LLaDA2")]
     assert loaded == f"{ROOT / 'SDAR' / 'tiny'} <|MASK|>"
-    assert "one that ships here (Fast-dLLM-v2/tiny, LLaDA2/tiny, SDAR/tiny)" in error
+    assert "one that ships here (D2F/llada, D2F/dream, Fast-dLLM-v2/tiny, LLaDA2/tiny, SDAR/tiny)" in error
     (tmp_path / "SDAR" / "tiny").mkdir(parents=True)
     assert "the folder has no config.json" in run().stderr
 
