@@ -43,7 +43,7 @@ class Bench:
         )  # fmt: skip
         others = any(a.task not in OFFLINE for a in grid.tasks)
         self.tasks = TaskManager(include_path=str(TASKS), include_defaults=others)
-        self._loaded: dict[str, dict] = {}
+        self._loaded: dict[tuple[str, int | None], dict] = {}
         self._baselines: dict[str, dict[int, list[int]]] = {}
 
     def measure(self, setting: Setting, asked: Asked) -> dict | None:
@@ -75,25 +75,27 @@ class Bench:
         with quiet():
             found = evaluate(
                 lm=self.lm, task_dict=self._load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
-                apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
+                apply_chat_template=asked.chat, fewshot_as_multiturn=asked.fewshot_as_multiturn,
+                confirm_run_unsafe_code=self.run_code,
             )  # fmt: skip
         return None if found is None else found["samples"][asked.task]
 
     def _load(self, asked: Asked) -> dict:
-        """The task with the grid's number of examples in its prompts."""
-        if asked.task not in self._loaded:
+        """The task with the asked number of examples in its prompts."""
+        key = (asked.task, asked.num_fewshot)
+        if key not in self._loaded:
             loaded = self.tasks.load([asked.task])
             if len(loaded["tasks"]) != 1:
                 raise UserError(
                     f"task {asked.task!r} is a group. Allowed: one of its tasks: {', '.join(loaded['tasks'])}"
                 )
             for task in loaded["tasks"].values():
-                asked_for, own = self.grid.num_fewshot, task.get_config("num_fewshot")
+                asked_for, own = asked.num_fewshot, task.get_config("num_fewshot")
                 if own is None or (asked_for is not None and own != 0):
                     task.set_config(key="num_fewshot", value=asked_for or 0)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            self._loaded[asked.task] = loaded
-        return self._loaded[asked.task]
+            self._loaded[key] = loaded
+        return self._loaded[key]
 
     def _baseline(self, asked: Asked) -> dict[int, list[int]]:
         """Token ids of the baseline's texts by problem; none where it has not been measured here."""
@@ -159,7 +161,7 @@ def quiet() -> Iterator[None]:
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
     what = [setting.family, setting.decoder, setting.checkpoints, fingerprints(setting.checkpoints), code_version(setting.family), setting.resolved(), asked.task, asked.metric,
-            grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]  # fmt: skip
+            grid.problems, grid.batch_size, grid.dtype, "multiturn" if asked.fewshot_as_multiturn else asked.chat, asked.num_fewshot, seed]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 

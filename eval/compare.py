@@ -92,7 +92,7 @@ def measure(grid: Grid, folder: Path, *, device: str, seed: int, run_code: bool)
     cells = Store(folder, "cells", "key")  # the process that leads writes it
     leads = World.from_environment().rank == 0
     ordered = sorted(grid.settings, key=lambda s: s.name != grid.baseline)
-    todo = [(s, a) for s in ordered for a in grid.tasks if cell_key(grid, s, a, seed) not in cells.found]
+    todo = [(s, a) for s in ordered for a in grid.asked(s) if cell_key(grid, s, a, seed) not in cells.found]
     number = 0
     for family, checkpoint in dict.fromkeys((s.family, s.checkpoint) for s, _ in todo):
         here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
@@ -133,7 +133,8 @@ def write(grid: Grid, folder: Path, seed: int) -> None:
     from eval import page, plots
     from eval.cells import cell_key
 
-    keys = {cell_key(grid, s, a, seed): s for a in grid.tasks for s in grid.settings}
+    asked = [(s, a) for t in grid.tasks for s in grid.settings for a in grid.asked(s) if a.task == t.task]
+    keys = {cell_key(grid, s, a, seed): s for s, a in asked}
     measured = {c["key"]: c for c in cells_in(folder)}
     cells = [measured[k] | {"setting": s.name, "group": s.group} for k, s in keys.items() if k in measured]
     if not cells:

@@ -12,6 +12,7 @@
         options: {block_length: [8, 16], confidence_threshold: [0.8, 0.9]}     # a list is swept
         variants: {}                                    # name -> options, swept like a list; the name is {variant}
 
+A run may have ``tasks`` of its own among those of the grid, and how they are put: ``num_fewshot``, ``chat``, ``fewshot_as_multiturn``.
 A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of networks beside the first go by their role
 (``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
 """
@@ -33,7 +34,8 @@ from shared.scripts.models import check_roles, checkpoints_of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line."""
+    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line; ``tasks`` are those it is run on (None: all),
+    ``put`` says how, where that is not as the grid does."""
 
     name: str
     family: str
@@ -42,6 +44,8 @@ class Setting:
     group: str
     preset: str | None = None
     options: dict = field(default_factory=dict)
+    tasks: tuple[str, ...] | None = None
+    put: dict = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> str:
@@ -57,10 +61,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first."""
+    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first. How it is put:
+    ``num_fewshot`` examples (None: the task's own), ``chat`` through the chat template, each example a turn of its own or not."""
 
     task: str
     metric: str | None = None
+    num_fewshot: int | None = None
+    chat: bool = True
+    fewshot_as_multiturn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,11 @@ class Grid:
     replays: int = 2
     calibrate: int = 0
 
+    def asked(self, setting: Setting) -> list[Asked]:
+        """The tasks of a setting, as they are put to it."""
+        put = {"num_fewshot": self.num_fewshot, "chat": self.chat} | setting.put
+        return [replace(a, **put) for a in self.tasks if setting.tasks is None or a.task in setting.tasks]
+
     def only(self, pattern: str) -> Grid:
         """The settings whose name the regular expression finds, and the baseline."""
         try:
@@ -93,7 +106,8 @@ class Grid:
         return replace(self, settings=kept)
 
 
-_RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants")
+_PUT = ("num_fewshot", "chat", "fewshot_as_multiturn")
+_RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants", "tasks", *_PUT)
 _GRID_KEYS = (*(f.name for f in fields(Grid) if f.name != "settings"), "runs")
 
 
@@ -125,6 +139,9 @@ def grid_of(data: dict) -> Grid:
         if (s.family, s.checkpoint, s.name) in seen:
             raise UserError(f"two settings of {s.family} are called {s.name!r}. Allowed: names that differ")
         seen.add((s.family, s.checkpoint, s.name))
+        for task in s.tasks or ():
+            if task not in (known := [a.task for a in tasks]):
+                raise unknown_name("task of the grid", task, known)
     called: dict[tuple[str, str], Mapping[str, str]] = {}
     for s in settings:
         if called.setdefault((s.family, s.checkpoint), s.checkpoints) != s.checkpoints:
@@ -154,7 +171,8 @@ def settings_of(run: dict) -> Iterator[Setting]:
         words = {**flat, "variant": variant, "decoder": decoder, "family": named}
         name = _filled(run.get("name") or _plain_name(decoder, preset, variant, swept), words)
         group = _filled(run.get("group") or decoder, words)
-        setting = Setting(name, named, decoder, checkpoints, group, preset, flat)
+        tasks, put = run.get("tasks"), {k: run[k] for k in _PUT if k in run}
+        setting = Setting(name, named, decoder, checkpoints, group, preset, flat, tasks and tuple(tasks), put)
         setting.resolved()  # unknown names and impossible values are told before anything is measured
         yield setting
 
