@@ -186,16 +186,16 @@ _TASKS = {
 _PAPER_PRESETS = {name: {**_PAPER, **values} for name, values in _TASKS.items()}
 
 _TINY_PLAIN = {
-    "block_length": 16,
+    "block_length": 8,
     "max_new_tokens": 256,
     "block_add_threshold": 0.5,
     "decoded_token_threshold": 0.8,
-    "skip_threshold": 0.95,
+    "skip_threshold": 0.99,
 }
 _TINY = {
     "block_length": 32,
     "max_new_tokens": 256,
-    "block_add_threshold": 1.0,
+    "block_add_threshold": 0.5,
     "skip_threshold": 0.9,
     "do_verify_policy": "always",
     "acceptance": "exact",

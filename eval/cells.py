@@ -35,14 +35,14 @@ class Tasks:
         from lm_eval.tasks import TaskManager
 
         code_eval.install()
-        self.num_fewshot = grid.num_fewshot
         others = any(a.task not in OFFLINE for a in grid.tasks)
         self.manager = TaskManager(include_path=str(TASKS), include_defaults=others)
-        self._loaded: dict[str, dict] = {}
+        self._loaded: dict[tuple[str, int | None], dict] = {}
 
     def load(self, asked: Asked) -> dict:
-        """The task with the grid's number of examples in its prompts; `UserError` where there is none, or several."""
-        if asked.task not in self._loaded:
+        """The task with the asked number of examples in its prompts; `UserError` where there is none, or several."""
+        key = (asked.task, asked.num_fewshot)
+        if key not in self._loaded:
             loaded = self._read(asked.task)
             if len(loaded["tasks"]) != 1:
                 raise UserError(
@@ -50,11 +50,11 @@ class Tasks:
                 )
             for task in loaded["tasks"].values():
                 own = task.get_config("num_fewshot")
-                if own is None or (self.num_fewshot is not None and own != 0):
-                    task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+                if own is None or (asked.num_fewshot is not None and own != 0):
+                    task.set_config(key="num_fewshot", value=asked.num_fewshot or 0)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            self._loaded[asked.task] = loaded
-        return self._loaded[asked.task]
+            self._loaded[key] = loaded
+        return self._loaded[key]
 
     def _read(self, name: str) -> dict:
         known = [task for task in self.manager.all_tasks if isinstance(task, str)]
@@ -138,7 +138,8 @@ class Bench:
         with quiet():
             found = evaluate(
                 lm=self.lm, task_dict=self.tasks.load(asked), limit=problems, bootstrap_iters=0, log_samples=True,
-                apply_chat_template=self.grid.chat, confirm_run_unsafe_code=self.run_code,
+                apply_chat_template=asked.chat, fewshot_as_multiturn=asked.fewshot_as_multiturn,
+                confirm_run_unsafe_code=self.run_code,
             )  # fmt: skip
         return None if found is None else found["samples"][asked.task]
 
@@ -207,9 +208,9 @@ def quiet() -> Iterator[None]:
 def cell_key(grid: Grid, setting: Setting, asked: Asked, seed: int) -> str:
     """The name of a cell: whatever changes its figures changes it, what is in a preset too."""
     family, checkpoints = setting.family, setting.checkpoints
-    code = code_version(family_named(family).folder)
+    code, chat = code_version(family_named(family).folder), "multiturn" if asked.fewshot_as_multiturn else asked.chat
     what = [family, setting.decoder, checkpoints, fingerprints(checkpoints), code, setting.resolved()]
-    what += [asked.task, asked.metric, grid.problems, grid.batch_size, grid.dtype, grid.chat, grid.num_fewshot, seed]
+    what += [asked.task, asked.metric, grid.problems, grid.batch_size, grid.dtype, chat, asked.num_fewshot, seed]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 

@@ -103,9 +103,8 @@ def check(grid: Grid, tasks: Tasks, *, device: str, run_code: bool) -> None:
     """Raise `UserError` for whatever would stop the comparison later: tasks, metrics, checkpoints, options."""
     from eval.model import DTYPES, prompt_room, without_neutral
 
-    for asked in grid.tasks:
+    for asked in dict.fromkeys(a for s in grid.settings for a in grid.asked(s)):
         tasks.check(asked, run_code)
-    generations = [g for g in map(tasks.generation, grid.tasks) if g is not None]
     known: dict[str, tuple] = {}
     for setting in grid.settings:
         family = family_named(setting.family)
@@ -113,10 +112,10 @@ def check(grid: Grid, tasks: Tasks, *, device: str, run_code: bool) -> None:
             source, dtype = setting.checkpoints[family.first], DTYPES.get(grid.dtype, grid.dtype)
             model = check_models(family, setting.checkpoints, dtype=dtype, device=device)[family.first]
             known[name] = model, load_tokenizer(source)
-            if grid.chat and not known[name][1].chat_template:
+            if any(a.chat for a in grid.asked(setting)) and not known[name][1].chat_template:
                 raise UserError(f"{source} has no chat template. Allowed: one with it, or chat: false in the grid")
         model, tokenizer = known[name]
-        for generation in generations:
+        for generation in filter(None, map(tasks.generation, grid.asked(setting))):
             flat = setting.resolved(without_neutral(generation))
             prompt_room(flat, model.config)
             model.special_ids(flat.get("mask_id"), flat.get("stopping_criteria_idx"), tokenizer)
@@ -129,7 +128,7 @@ def measure(grid: Grid, folder: Path, tasks: Tasks, *, device: str, seed: int, r
     cells = Store(folder, "cells", "key")  # the process that leads writes it
     leads = World.from_environment().rank == 0
     ordered = sorted(grid.settings, key=lambda s: s.name != grid.baseline)
-    todo = [(s, a) for s in ordered for a in grid.tasks if cell_key(grid, s, a, seed) not in cells.found]
+    todo = [(s, a) for s in ordered for a in grid.asked(s) if cell_key(grid, s, a, seed) not in cells.found]
     number = 0
     for family, checkpoint in dict.fromkeys((s.family, s.checkpoint) for s, _ in todo):
         here = [(s, a) for s, a in todo if (s.family, s.checkpoint) == (family, checkpoint)]
@@ -176,7 +175,8 @@ def write(grid: Grid, folder: Path, seed: int) -> None:
     from eval import page, plots
     from eval.cells import cell_key, described
 
-    keys = {cell_key(grid, s, a, seed): (s, a) for a in grid.tasks for s in grid.settings}
+    asked = [(s, a) for t in grid.tasks for s in grid.settings for a in grid.asked(s) if a.task == t.task]
+    keys = {cell_key(grid, s, a, seed): (s, a) for s, a in asked}
     measured = {c["key"]: c for c in cells_in(folder)}
     # Another grid may have measured a cell here, under another name or by a preset.
     cells = [measured[k] | described(s, a) for k, (s, a) in keys.items() if k in measured]

@@ -98,7 +98,7 @@ def refreshed(text: str, root: Path = ROOT) -> str:
 
 def readmes() -> list[Path]:
     """Every README of the repository, and the other pages beside them."""
-    found = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")]
+    found = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md"), *ROOT.glob("*/tiny/*/*.md")]
     return sorted(f for f in found if not f.relative_to(ROOT).parts[0].startswith("."))
 
 

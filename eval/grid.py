@@ -12,8 +12,9 @@
         options: {block_length: [8, 16], confidence_threshold: [0.8, 0.9]}     # a list is swept
         variants: {}                                    # name -> options, swept like a list; the name is {variant}
 
-A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of networks beside the first
-go by their role (``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
+A run may have ``tasks`` of its own among those of the grid, and how they are put: ``num_fewshot``, ``chat``,
+``fewshot_as_multiturn``. A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of
+networks beside the first go by their role (``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from shared.scripts.models import check_roles, checkpoints_of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line."""
+    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line; ``tasks`` are those it is run on (None: all),
+    ``put`` says how, where that is not as the grid does."""
 
     name: str
     family: str
@@ -44,6 +46,8 @@ class Setting:
     group: str
     preset: str | None = None
     options: dict = field(default_factory=dict)
+    tasks: tuple[str, ...] | None = None
+    put: dict = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> str:
@@ -59,10 +63,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first."""
+    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first. How it is put:
+    ``num_fewshot`` examples (None: the task's own), ``chat`` through the chat template, each example a turn of its own or not."""
 
     task: str
     metric: str | None = None
+    num_fewshot: int | None = None
+    chat: bool = True
+    fewshot_as_multiturn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,11 @@ class Grid:
     replays: int = 2
     calibrate: int = 0
 
+    def asked(self, setting: Setting) -> list[Asked]:
+        """The tasks of a setting, as they are put to it."""
+        put = {"num_fewshot": self.num_fewshot, "chat": self.chat} | setting.put
+        return [replace(a, **put) for a in self.tasks if setting.tasks is None or a.task in setting.tasks]
+
     def only(self, pattern: str) -> Grid:
         """The settings whose name the regular expression finds, and the baseline."""
         try:
@@ -95,8 +108,10 @@ class Grid:
         return replace(self, settings=kept)
 
 
-_RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants")
-_RUN_KINDS = {k: dict if k in ("options", "variants") else str for k in _RUN_KEYS}
+_PUT = {"num_fewshot": int, "chat": bool, "fewshot_as_multiturn": bool}
+_RUN_KEYS = ("family", "decoder", "name", "group", "pretrained", "preset", "options", "variants", "tasks", *_PUT)
+_RUN_KINDS = {k: {"options": dict, "variants": dict, "tasks": list}.get(k, _PUT.get(k, str)) for k in _RUN_KEYS}
+_KIND_NAMES = {dict: "a mapping", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
 # Kind and least value of what is said of a whole grid.
 _FIELDS = {"name": (str, None), "about": (str, None), "baseline": (str, None), "problems": (int, 1),
            "batch_size": (int, 1), "dtype": (str, None), "chat": (bool, None), "num_fewshot": (int, 0),
@@ -130,11 +145,14 @@ def grid_of(data: dict) -> Grid:
     if not settings or not tasks:
         raise UserError("a grid has no runs or no tasks. Allowed: at least one of each")
     grid = Grid(settings=settings, tasks=tasks, **{k: v for k, v in data.items() if k not in ("runs", "tasks")})
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     for s in settings:
-        if (s.family, s.name) in seen:
+        if (s.family, s.checkpoint, s.name) in seen:
             raise UserError(f"two settings of {s.family} are called {s.name!r}. Allowed: names that differ")
-        seen.add((s.family, s.name))
+        seen.add((s.family, s.checkpoint, s.name))
+        for task in s.tasks or ():
+            if task not in (known := [a.task for a in tasks]):
+                raise unknown_name("task of the grid", task, known)
     called: dict[tuple[str, str], Mapping[str, str]] = {}
     for s in settings:
         if called.setdefault((s.family, s.checkpoint), s.checkpoints) != s.checkpoints:
@@ -180,7 +198,7 @@ def settings_of(run: dict) -> Iterator[Setting]:
         raise UserError(f"a run is {run!r}. Allowed: a mapping, see eval/grids")
     for key, kind in _RUN_KINDS.items():
         if run.get(key) is not None and not isinstance(run[key], kind):
-            raise UserError(f"{key} of a run is {run[key]!r}. Allowed: {'a mapping' if kind is dict else 'text'}")
+            raise UserError(f"{key} of a run is {run[key]!r}. Allowed: {_KIND_NAMES[kind]}")
     for name, more in (run.get("variants") or {}).items():
         if not isinstance(more, dict):
             raise UserError(f"variant {name!r} is {more!r}. Allowed: a mapping of options")
@@ -204,7 +222,8 @@ def settings_of(run: dict) -> Iterator[Setting]:
         words = {**flat, "variant": variant, "decoder": decoder, "family": named}
         name = _filled(run.get("name") or _plain_name(decoder, preset, variant, swept), words)
         group = _filled(run.get("group") or decoder, words)
-        setting = Setting(name, named, decoder, checkpoints, group, preset, flat)
+        tasks, put = run.get("tasks"), {k: run[k] for k in _PUT if k in run}
+        setting = Setting(name, named, decoder, checkpoints, group, preset, flat, tasks and tuple(tasks), put)
         setting.resolved()  # unknown names and impossible values are told before anything is measured
         yield setting
 

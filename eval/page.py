@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from eval.grid import Setting
-from eval.results import COSTS, MARGIN, lanes_differ, winners
+from eval.results import COSTS, MARGIN, family_shown, lanes_differ, winners
 
 _FILES = Path(__file__).parent / "report"
 _HOWS = ("accepted", "resampled", "bonus", "confident", "fallback", "forced", "filled", "next", "ratio", "edited")
@@ -29,9 +29,9 @@ def render(results: dict, cells: list[dict], pictures: dict[str, Path]) -> str:
     grid, rows = results["grid"], results["rows"]
     data = {
         "grid": grid,
-        "rows": rows,
+        "rows": [r | {"family": family_shown(r, rows)} for r in rows],
         "by_lane": lanes_differ(rows),
-        "replays": [r for cell in cells for r in replays_of(cell)],
+        "replays": [r | {"family": family_shown(cell, rows)} for cell in cells for r in replays_of(cell)],
     }
     where = rows[0]["where"]
     facts = [f"{k.replace('_', ' ')} {where[k]}" for k in ("device", "dtype", "batch_size", "processes", "torch")]

@@ -70,6 +70,12 @@ def rows_of(cells: list[dict], baseline: str, machine: Machine | None = None) ->
     return [row_of(c, base.get((c["family"], c["pretrained"], c["task"])), machine) for c in cells]
 
 
+def family_shown(row: dict, rows: list[dict]) -> str:
+    """The family of a row, and its checkpoint where ``rows`` have several of that family."""
+    several = len({r["pretrained"] for r in rows if r["family"] == row["family"]}) > 1
+    return f"{row['family']} {row['pretrained']}" if several else row["family"]
+
+
 def is_plain(row: dict) -> bool:
     """Unverified diffusion, block size 1 excluded."""
     return not row["verifies"] and row["options"].get("block_length") != 1
@@ -108,10 +114,9 @@ def winners(rows: list[dict], baseline: str) -> list[dict]:
     none is; ``gain`` is how many times cheaper the latter is.
     """
     found = []
-    several = len({(r["family"], r["pretrained"]) for r in rows}) > len({r["family"] for r in rows})
     for contest in dict.fromkeys((r["family"], r["pretrained"], r["task"]) for r in rows):
         here = [r for r in rows if (r["family"], r["pretrained"], r["task"]) == contest]
-        family, task = " ".join(contest[:2]) if several else contest[0], contest[2]
+        family, task = family_shown(here[0], rows), contest[2]
         first = next((r for r in here if r["setting"] == baseline), None)
         if first is None:
             continue
@@ -251,8 +256,9 @@ def families_table(rows: list[dict], results: dict) -> Iterator[str]:
     head += [*(BY_LANE if differ else []), "accepted / verify", "lossless"]
     several = len({r.get("lossless_relative_to") for r in rows}) > 1
     lines = []
-    for family, setting in dict.fromkeys((r["family"], r["setting"]) for r in rows):
-        here = {r["task"]: r for r in rows if (r["family"], r["setting"]) == (family, setting)}
+    for what in dict.fromkeys((r["family"], r["pretrained"], r["setting"]) for r in rows):
+        here = {r["task"]: r for r in rows if (r["family"], r["pretrained"], r["setting"]) == what}
+        family, setting = family_shown(next(iter(here.values())), rows), what[2]
         cells = [f"{100 * here[t]['accuracy']:.1f}" if t in here else "" for t in tasks]
         over = over_tasks(list(here.values()))
         cost = [f"{over['forwards_per_token']:.3f}", *(_by_lane(over) if differ else [])]

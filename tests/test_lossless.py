@@ -16,6 +16,7 @@ import torch
 
 from shared.family import FAMILIES
 from shared.network.loading import load_tokenizer
+from shared.scripts.models import load_models, other_models
 from shared.scripts.prompts import encode_prompt
 from shared.trace import How
 
@@ -24,59 +25,74 @@ PROBLEMS = 3  # a task
 NEW_TOKENS = 96
 
 
-@lru_cache(maxsize=1)
-def shipped(family: str):
-    folder = FAMILIES[family].tiny
-    return FAMILIES[family].networks["model"].model_class.from_pretrained(folder, dtype=torch.float32)
+CHECKPOINTS = [(family, name) for family in FAMILIES for name in FAMILIES[family].shipped]
 
 
 @lru_cache(maxsize=1)
-def prompts(family: str) -> list[list[int]]:
-    tokenizer = load_tokenizer(FAMILIES[family].tiny)
+def shipped(family: str, name: str):
+    """The networks of a shipped checkpoint by role, adapters in them."""
+    return load_models(FAMILIES[family], FAMILIES[family].checkpoints(name), dtype=torch.float32)
+
+
+def first(family: str, name: str):
+    return shipped(family, name)[FAMILIES[family].first]
+
+
+@lru_cache(maxsize=1)
+def prompts(family: str, name: str) -> list[list[int]]:
+    tokenizer = load_tokenizer(first(family, name).folder)
     tasks = ("word_problems", "functions", "instructions")
     lines = [line for task in tasks for line in (TASKS / f"{task}.jsonl").read_text().splitlines()[:PROBLEMS]]
     return [encode_prompt(tokenizer, {"prompt": json.loads(line)["prompt"]}) for line in lines]
 
 
-def decode(family: str, model, ids, setting, **more):
-    decoder = FAMILIES[family].decoders[setting.decoder]
-    return decoder.generate(model, ids, **{**setting.options, "max_new_tokens": NEW_TOKENS, **more})
+def decode(family: str, name: str, ids, setting, model=None, **more):
+    decoder, others = FAMILIES[family].decoders[setting.decoder], {}
+    if model is None:
+        model, others = first(family, name), other_models(FAMILIES[family], setting.decoder, shipped(family, name))
+    return decoder.generate(model, ids, **{**setting.options, "max_new_tokens": NEW_TOKENS, **others, **more})
 
 
 @lru_cache(maxsize=1)
-def one_by_one(family: str) -> list[list[int]]:
-    return decode(family, shipped(family), prompts(family), FAMILIES[family].baseline).tokens
+def one_by_one(family: str, name: str) -> list[list[int]]:
+    return decode(family, name, prompts(family, name), FAMILIES[family].baseline).tokens
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(("family", "name"), CHECKPOINTS)
 @pytest.mark.parametrize("block_length", [8, 16, 32])
-def test_shipped_checkpoints(family, block_length):
-    out = decode(family, shipped(family), prompts(family), FAMILIES[family].exact, block_length=block_length)
+def test_shipped_checkpoints(family, name, block_length):
+    out = decode(family, name, prompts(family, name), FAMILIES[family].exact, block_length=block_length)
     assert out.lossless
-    assert out.tokens == one_by_one(family)
+    assert out.tokens == one_by_one(family, name)
     sure = [c for text in out.completions for c in text.trace.confidence_of if c > 0.999]
     assert len(sure) > out.token_count / 2, "most drafts are certain"
 
 
-def sharp(family: str):
-    """A random network of the family's shipped shape whose logits are far apart."""
-    model = copy.deepcopy(shipped(family)).double()
+def test_adapters_are_in_what_is_tested():
+    laid_on = [c for c in CHECKPOINTS if len(FAMILIES[c[0]].shipped[c[1]]) > len(shipped(*c))]
+    assert ("D2F", "llada") in laid_on
+    assert all(first(*c).adapter is not None for c in laid_on)
+
+
+def sharp(family: str, name: str):
+    """A random network of the shape of a shipped one whose logits are far apart."""
+    model = copy.deepcopy(first(family, name)).double()
     torch.manual_seed(3)
     for name, weight in model.named_parameters():
         if "norm" not in name:
             weight.copy_(0.08 * torch.randn(weight.shape))
-    model.lm_head.weight.mul_(500)
+    model.lm_head.weight.mul_(1000)
     return model
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_sharp_random_networks(family):
+@pytest.mark.parametrize(("family", "name"), CHECKPOINTS)
+def test_sharp_random_networks(family, name):
     """Every draft is certain, and most are rejected."""
-    model, ids = sharp(family), [prompt[:30] for prompt in prompts(family)[::2]]
+    model, ids = sharp(family, name), [prompt[:30] for prompt in prompts(family, name)[::2]]
     short = {"max_new_tokens": 32, "stopping_criteria_idx": ()}
-    out = decode(family, model, ids, FAMILIES[family].exact, block_length=8, **short)
+    out = decode(family, name, ids, FAMILIES[family].exact, model, block_length=8, **short)
     assert out.lossless
-    assert out.tokens == decode(family, model, ids, FAMILIES[family].baseline, **short).tokens
+    assert out.tokens == decode(family, name, ids, FAMILIES[family].baseline, model, **short).tokens
     decided = [(h, c) for t in out.completions for h, c in zip(t.trace.how_of, t.trace.confidence_of, strict=True)]
     rejected = [confidence for how, confidence in decided if how == How.RESAMPLED]
     assert len(rejected) > 20

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from d2f import example_d2f
 from eval import benchmark, compare, docs
 from eval.model import DraftAndVerifyLM
 from fast_dllm_v2 import example_v2
@@ -22,12 +23,13 @@ from train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
 PAGES = docs.readmes()
-READMES = [p for p in PAGES if p.name == "README.md" and p.parent.name != "tiny"]  # those of tiny/ are model cards
+READMES = [p for p in PAGES if p.name == "README.md" and "tiny" not in p.parts]  # those of tiny/ are model cards
 LINES, WIDTH = 170, 160
 SCRIPTS = {
     "generate.py": lambda argv: (generate.SCRIPT, argv),
     "generate_ssd_policy.py": lambda argv: (generate_ssd_policy.SCRIPT, argv),
     "example_v2.py": lambda argv: choose_script(example_v2.SCRIPTS, argv, "generate_fn", "fast"),
+    "example_d2f.py": lambda argv: choose_script(example_d2f.SCRIPTS, argv, "generate_fn", "d2f"),
     "example_llada.py": lambda argv: choose_script(example_llada.SCRIPTS, argv, "generate_fn", "cached"),
 }
 PARSERS = {"eval.compare": compare.parser().parse_args, "eval.benchmark": benchmark.parse, "train": train.parse}
@@ -37,6 +39,8 @@ NOT_RUN = (
     "JetLM/",
     "Efficient-Large-Model/",
     "inclusionAI/",
+    "GSAI-ML/",
+    "Dream-org/",
     "make ",
     "pip ",
     "git ",
@@ -93,7 +97,8 @@ def check_parses(words: list[str]) -> None:
     script = Path(words[1]).name
     if script in SCRIPTS:
         chosen, rest = SCRIPTS[script](words[2:])
-        parse(chosen.options, chosen.presets, rest, chosen.description, chosen.shipped)
+        how = {"is_shipped": chosen.is_shipped, "arguments": chosen.arguments}
+        parse(chosen.options, chosen.presets, rest, chosen.description, chosen.shipped, **how)
     elif words[1] == "-m":
         assert importlib.util.find_spec(words[2]), f"no such module: {words[2]}"
         args = PARSERS.get(words[2], lambda rest: None)(words[3:])
@@ -138,7 +143,7 @@ def test_python_example(page, code, tmp_path):
 
 
 def test_there_are_python_examples():
-    assert {named(p) for p, _ in EXAMPLES} >= {"SDAR/README.md", "Fast-dLLM-v2/README.md", "LLaDA2/README.md"}
+    assert {named(p) for p, _ in EXAMPLES} >= {f"{f}/README.md" for f in ("SDAR", "Fast-dLLM-v2", "LLaDA2", "D2F")}
 
 
 class Loaded(Exception):
@@ -239,6 +244,6 @@ def test_readmes_are_short(page):
     assert len(page.read_text().splitlines()) <= LINES
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name != "tiny"], ids=named)
+@pytest.mark.parametrize("page", [p for p in PAGES if "tiny" not in p.parts], ids=named)
 def test_lines_of_prose_are_short(page):
     assert [line for line in prose(page) if len(line) > WIDTH] == []

@@ -176,7 +176,7 @@ def parse(
     arguments: type[ScriptArguments] = ScriptArguments,
 ) -> tuple[ScriptArguments, FlatOptions, str | None]:
     """``(script arguments, decode options, name of the preset in use)``. With the checkpoint that ships (``ships(script)``) the preset
-    is ``shipped``."""
+    is ``shipped``; where flags contradict that, it gives way with a note."""
     parser = build_parser(options, description, tuple(presets), arguments)
     if choice is not None:
         choice.add_to(parser)
@@ -190,12 +190,18 @@ def parse(
     preset = script.preset or (shipped if ships(script) else None)
     if preset is not None and preset not in presets:
         raise unknown_name("preset", preset, presets)
+    below = presets.get(preset, {})
     try:
-        return script, options.from_flat(presets.get(preset, {}), **given), preset
+        return script, options.from_flat(below, **given), preset
     except UserError as error:
-        ours = [k for k in presets.get(preset, {}) if k not in given and re.search(rf"\b{k}\b", str(error))]
+        ours = [k for k in below if k not in given and re.search(rf"\b{k}\b", str(error))]
         if not ours:
             raise
+        if script.preset is None:  # nobody asked for it, so what was asked for wins
+            found = options.from_flat({k: v for k, v in below.items() if k not in ours}, **given)
+            values = " ".join(f"{k}={below[k]}" for k in ours)
+            print(f"note: {values} of preset {preset} does not apply: {error}", file=sys.stderr)
+            return script, found, preset
         raise UserError(
             f"{error}; preset {preset} sets {ours[0]}, --{ours[0]} on the command line overrides it"
         ) from error

@@ -25,6 +25,7 @@ from eval.roofline import Machine
 from eval.stats import loss_bound, mcnemar, problems_needed, wilson
 from sdar import SDARForCausalLM
 from shared.errors import UserError
+from shared.family import FAMILIES
 from shared.network.sizes import sizes_of
 from shared.output import Completion
 from shared.scripts.identity import fingerprint
@@ -351,6 +352,64 @@ def test_checkpoints_of_one_name_are_refused():
     runs = [{"family": "SDAR", "pretrained": f"{folder}/tiny", "name": folder} for folder in ("a", "b")]
     with pytest.raises(UserError, match="two checkpoints of SDAR are called 'tiny'"):
         grid_of({"name": "g", "tasks": ["t"], "runs": runs})
+
+
+def test_checkpoints_of_one_family_share_names_of_settings():
+    """Each is compared with its own baseline, and tables say which it is."""
+    runs = [{"family": "SDAR", "pretrained": f"{folder}/{folder}", "name": "one"} for folder in ("a", "b")]
+    assert [s.name for s in grid_of({"name": "g", "tasks": ["t"], "baseline": "one", "runs": runs}).settings] == [
+        "one"
+    ] * 2
+    with pytest.raises(UserError, match="two settings of SDAR are called 'one'"):
+        grid_of({"name": "g", "tasks": ["t"], "runs": [runs[0], runs[0]]})
+    more = {"tokens": 1, "accepted_per_verify": None, "lossless": True}
+    rows = [contestant("one", 0.9, 1.0, pretrained=name, **more) for name in ("a", "b")]
+    assert [line.split(" | ")[0] for line in list(results.families_table(rows, {}))[2:]] == ["| F a", "| F b"]
+    assert list(results.families_table(rows[:1], {}))[2].startswith("| F | one |")
+
+
+def test_a_run_may_have_its_own_tasks_and_put_them_its_own_way():
+    own = {"tasks": ["u"], "num_fewshot": 4, "chat": False, "fewshot_as_multiturn": True}
+    runs = [{"family": "SDAR", "name": "all"}, {"family": "SDAR", "name": "own", **own}]
+    grid = grid_of({"name": "g", "tasks": ["t", {"task": "u", "metric": "acc"}], "num_fewshot": 1, "runs": runs})
+    plain, mine = grid.settings
+    assert [(a.task, a.num_fewshot, a.chat, a.fewshot_as_multiturn) for a in grid.asked(plain)] == [
+        ("t", 1, True, False),
+        ("u", 1, True, False),
+    ]
+    (asked,) = grid.asked(mine)
+    assert (asked.task, asked.metric, asked.num_fewshot, asked.chat, asked.fewshot_as_multiturn) == (
+        "u",
+        "acc",
+        4,
+        False,
+        True,
+    )
+    assert len({cell_key(grid, plain, a, 0) for a in (grid.asked(plain)[1], asked)}) == 2
+    with pytest.raises(UserError, match="unknown task of the grid 'uu'; did you mean u"):
+        grid_of({"name": "g", "tasks": ["u"], "runs": [{"family": "SDAR", "tasks": ["uu"]}]})
+
+
+def test_published_settings_of_d2f_are_written_out():
+    """In the grid for the released checkpoints as in the presets; no option of theirs is left to a task."""
+    grid = read_grid(ROOT / "eval" / "grids" / "d2f-8b.yaml")
+    presets = FAMILIES["D2F"].decoders["d2f"]
+    for setting in grid.settings:
+        backend, task = setting.name.lower().split()
+        assert setting.options == presets.preset(f"{backend}-{task.removesuffix('_cot')}"), setting.name
+    shots = [(s.name, grid.asked(s)[0].num_fewshot) for s in grid.settings]
+    assert [n for _, n in shots] == [4, 3, 0, 0, 8, 3, 4, 0]
+    assert [len(grid.asked(s)) for s in grid.settings] == [1, 1, 7, 1, 1, 1, 7, 1]
+
+
+def test_an_adapter_is_a_checkpoint_without_a_network(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    assert [name for name, *_ in fingerprint(str(tmp_path))] == ["adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "adapter_config.json").unlink()
+    fingerprint.cache_clear()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        fingerprint(str(tmp_path))
 
 
 def test_winners_are_the_cheapest_at_equal_accuracy():

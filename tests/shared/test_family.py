@@ -114,6 +114,9 @@ def test_roles(tmp_path, monkeypatch):
     }
     assert family.tiny == "SDAR/tiny"
     assert family.shipped_folder("tiny/drafter") == folder / "drafter"
+    d2f = FAMILIES["D2F"]
+    assert d2f.shipped_folder("llada") == d2f.folder / "tiny/llada", "a network and its adapter"
+    assert d2f.shipped_folder("tiny/llada/adapter") == d2f.folder / "tiny/llada/adapter"
     assert family.shipped_folder("tiny") is None, "no single checkpoint has this name"
     assert family.shipped_folder("tiny/target") is None
     with pytest.raises(UserError, match="unknown shipped checkpoint of Three 'tinny'; did you mean tiny"):

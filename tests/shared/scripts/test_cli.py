@@ -446,12 +446,13 @@ def test_script_errors_are_one_line_and_exit_code_2(checkpoint, capsys, argv):
 def test_a_shipped_checkpoint_by_its_name(checkpoint, monkeypatch, tmp_path):
     """``--model tiny`` is the folder beside the script from anywhere, unless a folder of that name is here."""
     script = dataclasses.replace(generate_ssd_policy.SCRIPT, folder=checkpoint.parent)
+    source = lambda name: script.source(ScriptArguments(model=name))  # noqa: E731
     monkeypatch.chdir(tmp_path)
-    assert script.source(None) == str(checkpoint.parent / "tiny")
-    assert script.source(checkpoint.name) == str(checkpoint)
-    assert script.source("SDAR/tiny") == "SDAR/tiny", "for `shared.network.loading.checkpoint_folder`"
+    assert source(None) == str(checkpoint.parent / "tiny")
+    assert source(checkpoint.name) == str(checkpoint)
+    assert source("SDAR/tiny") == "SDAR/tiny", "for `shared.network.loading.checkpoint_folder`"
     (tmp_path / checkpoint.name).mkdir()
-    assert script.source(checkpoint.name) == checkpoint.name
+    assert source(checkpoint.name) == checkpoint.name
 
 
 def test_script_without_a_checkpoint(tmp_path, capsys):
@@ -523,6 +524,19 @@ def test_an_error_about_what_the_preset_sets_says_so():
     with pytest.raises(UserError) as error:
         parsed("--preset", "small", "--no_resample", "--acceptance", "exact", presets=presets)
     assert "preset" not in str(error.value)
+
+
+def test_a_preset_that_nobody_asked_for_gives_way(capsys):
+    """A published command line works on the checkpoint that ships, whose preset accepts by another rule."""
+    presets = {"tiny": {"acceptance": "exact", "block_length": 8}}
+    script, options, preset = parse(Options, presets, ["--no_resample"], "about", "tiny")
+    assert (script.preset, preset) == (None, "tiny")
+    flat = options.to_flat()
+    assert (flat["acceptance"], flat["allow_resample"], flat["block_length"]) == ("published", False, 8)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: acceptance=exact of preset tiny does not apply: allow_resample is False")
+    with pytest.raises(UserError, match="allow_resample is False"):
+        parse(Options, presets, ["--no_resample", "--acceptance", "exact"], "about", "tiny")
 
 
 @pytest.mark.parametrize("argv", [["--fn", "fasst"], ["--fn"]])
