@@ -14,7 +14,7 @@
 
 A run may have ``tasks`` of its own among those of the grid, and how they are put: ``num_fewshot``, ``chat``,
 ``fewshot_as_multiturn``. A run without ``pretrained`` takes the checkpoint that ships with its family; checkpoints of
-networks beside the first go by their role (``drafter: PATH``). ``preset`` is a preset of the decoder, under ``options``.
+networks beside the first go by their role (``drafter: PATH``). ``preset`` is one of the decoder, under ``options``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from shared.scripts.models import check_roles, checkpoints_of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line; ``tasks`` are those it is run on (None: all),
+    """One decoder with its options, and the checkpoint of every role. ``group`` is drawn as one line;
+    ``tasks`` are those it is run on (None: all),
     ``put`` says how, where that is not as the grid does."""
 
     name: str
@@ -63,8 +64,9 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first. How it is put:
-    ``num_fewshot`` examples (None: the task's own), ``chat`` through the chat template, each example a turn of its own or not."""
+    """A task of lm-eval and which of its figures is the accuracy: ``NAME`` or ``NAME,FILTER``; by default its first.
+    How it is put: ``num_fewshot`` examples (None: the task's own), ``chat`` through the chat template, each example a
+    turn of its own or not."""
 
     task: str
     metric: str | None = None

@@ -1,7 +1,8 @@
 """HumanEval as the scripts of D2F score it: from an answer only what its function needs is run.
 
-The fenced code of the answer is put behind the task's prompt. Of the longest stretch of lines that is Python, imports and the definitions that the
-entry point needs are kept, as EvalPlus's sanitizer does. The task's tests then run in the sandbox.
+The fenced code of the answer is put behind the task's prompt. Of the longest stretch of lines that is Python, imports
+and the definitions that the entry point needs are kept, as EvalPlus's sanitizer does. The task's tests then run in the
+sandbox.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def longest_program(code: str) -> ast.Module:
 
 
 def defined_by(node: ast.stmt) -> list[str]:
-    """The names that a statement defines. A function that returns nothing defines none: the prompt's own has a docstring and no more."""
+    """The names that a statement defines. A function that returns nothing defines none: the prompt's own is a docstring."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return [node.name] if any(isinstance(n, ast.Return) for n in ast.walk(node)) else []
     if isinstance(node, ast.ClassDef):

@@ -150,6 +150,15 @@ class Adaptable:
             model.adapter = lora.folder
         return model
 
+    @classmethod
+    def check_pretrained(cls, path_or_id: str | Path, *, adapter: str | Path | None = None, **how: object):
+        """Raise the `UserError` that `from_pretrained` would, without reading a weight; the network on meta."""
+        lora = None if adapter is None else LoRA.read(adapter)
+        model = super().check_pretrained(path_or_id, **how)
+        if lora is not None:
+            check_base(lora, path_or_id, model)
+        return model
+
 
 def save_adapter(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
     """Write an adapter: ``state`` by the checkpoint's names of its modules, ``config`` as adapter_config.json has it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,29 +62,25 @@ def check_models(
     family: Family, checkpoints: Mapping[str, str], *, dtype: torch.dtype | str = "auto", device="cpu"
 ) -> dict[str, CheckpointModel]:
     """Raise the `UserError` that `load_models` would, without reading a weight; the network of every role, on meta."""
-    networks = {role: family.networks[role] for role in checkpoints}
-    return {
-        role: network_of(network, checkpoints[role]).model_class.check_pretrained(
-            checkpoints[role], dtype=dtype, device=device
-        )
-        for role, network in networks.items()
-        if isinstance(network, Network)
-    }
+    return _each(family, checkpoints, lambda kind: kind.check_pretrained, dtype=dtype, device=device)
 
 
 def load_models(
     family: Family, checkpoints: Mapping[str, str], *, dtype: torch.dtype | str = "auto", device="cpu"
 ) -> dict[str, CheckpointModel]:
     """The network of every role in ``checkpoints``, its adapters in it."""
+    return _each(family, checkpoints, lambda kind: kind.from_pretrained, dtype=dtype, device=device)
+
+
+def _each(family: Family, checkpoints: Mapping[str, str], door: Callable, **how: object) -> dict[str, CheckpointModel]:
+    """What ``door(network class)`` gives for every role with a network, called with its checkpoint and those of its adapters."""
     models = {}
     for role, source in checkpoints.items():
         network = family.networks[role]
         if isinstance(network, Network):
             laid_on = {r: n.on for r, n in family.networks.items() if isinstance(n, Adapter)}
             adapters = {r: checkpoints[r] for r, on in laid_on.items() if on == role and r in checkpoints}
-            models[role] = network_of(network, source).model_class.from_pretrained(
-                source, dtype=dtype, device=device, **adapters
-            )
+            models[role] = door(network_of(network, source).model_class)(source, **how, **adapters)
     return models
 
 
