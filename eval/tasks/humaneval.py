@@ -43,7 +43,7 @@ def longest_program(code: str) -> ast.Module:
 
 
 def defined_by(node: ast.stmt) -> list[str]:
-    """The names that a statement defines. A function that returns nothing defines none: the prompt's own is a docstring."""
+    """The names that a statement defines. One that returns nothing defines none: the prompt's own is a docstring."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return [node.name] if any(isinstance(n, ast.Return) for n in ast.walk(node)) else []
     if isinstance(node, ast.ClassDef):
