@@ -162,7 +162,7 @@ def test_evaluation_command(command, monkeypatch):
         raise Loaded
 
     monkeypatch.setattr(sys, "argv", ["eval", "run", *shlex.split(command)])
-    monkeypatch.setattr("shared.network.loading.CheckpointModel.from_pretrained", loaded)
+    monkeypatch.setattr("eval.model.load_models", loaded)
     args = HarnessCLI().parse_args()
     with pytest.raises(Loaded):
         DraftAndVerifyLM(**args.model_args, batch_size=args.batch_size)
