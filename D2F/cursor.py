@@ -89,17 +89,17 @@ class Pipeline(Cursor):
 
     def add_blocks(self, rows: Sequence[int]) -> None:
         """Add a block to each row whose newest one is decided far enough, find those that must go on, and tell the device."""
+        most, enough = self.pipeline.max_blocks_in_flight, self.pipeline.decoded_token_threshold
         for i in rows:
             text, added = self.texts[i], len(self.texts[i].left)
-            cap = self.pipeline.max_blocks_in_flight
-            room = self.border(i, added) < text.total and not text.stopped and (cap is None or self.in_flight(i) < cap)
+            room = self.border(i, added) < text.total and not text.stopped and (most is None or self.in_flight(i) < most)
             if room and self.decided(i, added - 1) >= self.pipeline.block_add_threshold:
                 text.left.append(self.border(i, added + 1) - self.border(i, added))
                 text.goes_on.append(False)
-            for block in range(len(text.left)):
-                text.goes_on[block] |= self.decided(i, block - 1) >= self.pipeline.decoded_token_threshold
+            for block in range(text.finished, len(text.left)):
+                text.goes_on[block] |= self.decided(i, block - 1) >= enough
             flags = text.goes_on[text.finished :]
-            self._host[i][: 2 + len(flags)] = [self.first(i), self.last(i), *map(int, flags)]
+            self._host[i][: 2 + len(flags)] = [self.first(i), self.last(i), *flags]
         self.plan.copy_(torch.tensor(self._host), non_blocking=True)
 
     def empty(self, rows: Sequence[int]) -> list[int]:

@@ -189,7 +189,8 @@ def propose(run: Run, rows: list[int]) -> tuple[Draft, Tensor | None]:
     for i, c in zip(rows, cached, strict=True):
         cursor.texts[i].passes.append(Pass(c, cursor.first(i), cursor.last(i)))
     result = run.phase(drafted, run, view, logits)
-    cache.commit([cursor.first(i) - c for i, c in zip(rows, cached, strict=True)], rows)
+    encoded = [i for i, c in zip(rows, cached, strict=True) if cursor.first(i) > c]
+    cache.commit([cursor.first(i) - cache.lengths[i] for i in encoded], encoded)
     return result
 
 

@@ -186,10 +186,11 @@ class Family:
         return {r: str(self._shipped_path(part) or part) for r, part in self.shipped[name].items()}
 
     def shipped_folder(self, part: str) -> Path | None:
-        """The folder of a shipped checkpoint of one network, or of one role (``tiny/drafter``); None if no such one ships."""
-        found = {r: p for r, p in self.shipped.get(part, {}).items() if isinstance(self.networks[r], Network)}
+        """The folder of a shipped checkpoint of one network (adapters beside it do not count), or of one of its roles (``tiny/drafter``); None if no such one
+        ships."""
+        found = [path for role, path in self.shipped.get(part, {}).items() if isinstance(self.networks[role], Network)]
         if len(found) == 1:
-            part = next(iter(found.values()))
+            part = found[0]
         declared = {p for parts in self.shipped.values() for p in parts.values()}
         return self._shipped_path(part) if part in declared else None
 
