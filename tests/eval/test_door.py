@@ -403,7 +403,7 @@ def test_any_file_that_can_change_a_text_is_noticed(name, tmp_path):
 
 @pytest.mark.parametrize("family", SHIPPED)
 def test_stop_strings_end_decoding(family):
-    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].tiny, preset="tiny", batch_size=4)
+    lm = DraftAndVerifyLM(pretrained=f"{family}/{next(iter(FAMILIES[family].shipped))}", preset="tiny", batch_size=4)
     prompts = problems("word_problems", 4)
     whole = lm.generate_until(requests_of(lm, prompts))
     spent = lm.get_model_info()["decoding"]["forwards"]["draft"]
@@ -463,7 +463,7 @@ def test_scores_are_products_of_block_size_one_probabilities(family):
 @pytest.mark.parametrize("family", SHIPPED)
 def test_likelihoods_and_perplexity_of_held_out_text(family):
     """A solution is likelier than nonsense, and a held-out one costs the model a fraction of what untrained weights pay, ln V a token."""
-    lm = DraftAndVerifyLM(pretrained=FAMILIES[family].tiny, batch_size=4)
+    lm = DraftAndVerifyLM(pretrained=f"{family}/{next(iter(FAMILIES[family].shipped))}", batch_size=4)
     rows = [json.loads(r) for r in (ROOT / "eval" / "tasks" / "word_problems.jsonl").read_text().splitlines()[:4]]
     chats = [lm.apply_chat_template([{"role": "user", "content": r["prompt"]}]) for r in rows]
     pairs = [
