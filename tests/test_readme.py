@@ -97,7 +97,7 @@ def check_parses(words: list[str]) -> None:
     script = Path(words[1]).name
     if script in SCRIPTS:
         chosen, rest = SCRIPTS[script](words[2:])
-        how = {"is_shipped": chosen.is_shipped, "arguments": chosen.arguments}
+        how = {"ships": chosen.ships, "arguments": chosen.arguments}
         parse(chosen.options, chosen.presets, rest, chosen.description, chosen.shipped, **how)
     elif words[1] == "-m":
         assert importlib.util.find_spec(words[2]), f"no such module: {words[2]}"

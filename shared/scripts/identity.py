@@ -25,10 +25,14 @@ READ = (
 )  # what loaders read: networks, generation config, tokenizer, chat templates
 
 
+ADAPTER = "adapter_config.json"  # what makes a folder an adapter, which has no network of its own
+
+
 @cache
 def fingerprint(source: str) -> tuple:
     """What tells the files under a path from those that stood there before: weights by size and time, the small ones by what they say."""
-    folder = Path(source) if Path(source).is_dir() else checkpoint_folder(source)  # an adapter's has no config.json
+    adapter = (Path(source) / ADAPTER).is_file()
+    folder = checkpoint_folder(source, holds=ADAPTER) if adapter else checkpoint_folder(source)
     files = [f for f in sorted(folder.rglob("*")) if f.suffix in READ and f.is_file()]
     return tuple((str(f.relative_to(folder)), *_told_by(f)) for f in files)
 

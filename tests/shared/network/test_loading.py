@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -418,8 +419,10 @@ def test_the_dtype_of_both_generations(folder, fields):
 
 def test_a_tokenizer_brings_no_code(folder, monkeypatch):
     (folder / "tokenizer.json").write_text("{}")
-    asked = {}
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _, **flat: asked.update(flat))
+    asked, tokenizer = {}, Mock(return_value={"input_ids": [1]})
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda _, **flat: asked.update(flat) or tokenizer
+    )
     load_tokenizer(folder)
     assert asked == {"trust_remote_code": False}
 

@@ -446,7 +446,7 @@ def test_script_errors_are_one_line_and_exit_code_2(checkpoint, capsys, argv):
 def test_a_shipped_checkpoint_by_its_name(checkpoint, monkeypatch, tmp_path):
     """``--model tiny`` is the folder beside the script from anywhere, unless a folder of that name is here."""
     script = dataclasses.replace(generate_ssd_policy.SCRIPT, folder=checkpoint.parent)
-    source = lambda name: script.source(ScriptArguments(model=name))  # noqa: E731
+    source = lambda name: script.base(ScriptArguments(model=name))  # noqa: E731
     monkeypatch.chdir(tmp_path)
     assert source(None) == str(checkpoint.parent / "tiny")
     assert source(checkpoint.name) == str(checkpoint)
