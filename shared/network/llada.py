@@ -12,6 +12,20 @@ from torch import Tensor
 from shared.network.configuration import DecoderConfig
 from shared.network.decoder import DecoderModel, Switches
 
+# What every released checkpoint says of OLMo's other switches; nothing else is served.
+_RELEASED = {
+    "block_type": "llama",
+    "block_group_size": 1,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "rope": True,
+    "rope_full_precision": True,
+    "alibi": False,
+}
+
 
 class LLaDAConfig(DecoderConfig):
     """``model_type: llada``, by the names of its config.json; the shared names work as well.
@@ -32,43 +46,26 @@ class LLaDAConfig(DecoderConfig):
         "max_position_embeddings": "max_sequence_length",
         "tie_word_embeddings": "weight_tying",
     }
-    defaults = DecoderConfig.defaults | {
-        "vocab_size": 126464,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "intermediate_size": None,
-        "mlp_ratio": 4,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "embedding_size": None,
-        "multi_query_attention": None,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "scale_logits": False,
-        "block_type": "llama",
-        "block_group_size": 1,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
-        "bias_for_layer_norm": False,
-        "attention_layer_norm": False,
-        "input_emb_norm": False,
-        "rope": True,
-        "rope_full_precision": True,
-        "alibi": False,
-    }
-    fixed = DecoderConfig.fixed | {
-        "block_type": "llama",
-        "block_group_size": 1,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
-        "bias_for_layer_norm": False,
-        "attention_layer_norm": False,
-        "input_emb_norm": False,
-        "rope": True,
-        "rope_full_precision": True,
-        "alibi": False,
-    }
+    defaults = (
+        DecoderConfig.defaults
+        | {
+            "vocab_size": 126464,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": None,
+            "mlp_ratio": 4,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "embedding_size": None,
+            "multi_query_attention": None,
+            "include_bias": False,
+            "include_qkv_bias": False,
+            "scale_logits": False,
+        }
+        | _RELEASED
+    )
+    fixed = DecoderConfig.fixed | _RELEASED
     positive = (*DecoderConfig.positive, "mlp_ratio")
     booleans = (*DecoderConfig.booleans, "include_bias", "scale_logits")
 
