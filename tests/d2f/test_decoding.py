@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from d2f import reference
+from d2f import decoding, reference
+from d2f.cursor import Pipeline
 from d2f.generation_utils import generate_block_single, generate_block_speculative
 from d2f.modeling_d2f import BACKENDS
 from d2f.options import PLAIN_PRESETS, PLAIN_PUBLISHED, PRESETS, PUBLISHED, Options, StandardOptions, plain
@@ -370,3 +372,22 @@ def test_presets_are_options(kind, presets):
         flat = options.to_flat()
         assert kind.from_flat(flat) == options
         assert kind is StandardOptions or plain(options).unmask == options.unmask
+
+
+@pytest.mark.parametrize(("size", "tokens", "start"), [(2, 5, 11), (3, 8, 19), (4, 8, 11), (1, 4, 12)])
+def test_the_mask_of_a_verifier_of_blocks_pair_by_pair(size, tokens, start):
+    """D2F's verifier mask: drafts in blocks from the prompt's end (11), queries see those of earlier blocks unless shifted out, and their own block from the
+    first query on. What lies past the end is seen by nobody before it."""
+    width, end = tokens + 2, start + tokens
+    canvas = SimpleNamespace(prompt_length=torch.tensor([11]), tokens=torch.zeros(1, 99))
+    cursor = SimpleNamespace(canvas=canvas, plan=torch.tensor([[start, end, 1]]))
+    cursor.block_of = lambda *given: Pipeline.block_of(cursor, *given)
+    run = SimpleNamespace(target_block=size, cursor=cursor)
+    mask = decoding.block_verify(run, torch.tensor([0]), torch.arange(start, start + width)[None])[0]
+    block = [(start + i - 11) // size for i in range(width)]
+    for i in range(tokens):
+        assert mask[i, :width].tolist() == [j < tokens and block[j] <= block[i] for j in range(width)]
+        assert not mask[i, width:].any()
+        earlier = [j + size < tokens and block[j] < block[i] for j in range(width)]
+        assert mask[width + i, :width].tolist() == earlier
+        assert mask[width + i, width:].tolist() == [j < tokens and j // size == i // size for j in range(width)]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from shared.policy.sampling import greedy, inverse_cdf, sample, transform
+from d2f.options import Sampling
+from shared.policy.sampling import greedy, inverse_cdf, log_weights, sample, transform
 
 logits = st.lists(st.integers(-24, 24).map(lambda k: k / 8), min_size=1, max_size=9)  # ties are frequent
 
@@ -173,3 +174,14 @@ def test_greedy_with_a_token_ruled_out():
     ids, confidence = greedy(torch.tensor([math.log(3.0), 0.0, -math.inf]))
     assert int(ids) == 0
     assert float(confidence) == pytest.approx(0.75)  # 3 / (3 + 1 + 0)
+
+
+def test_filters_in_the_published_order_of_d2f():
+    """top_p before top_k, and at temperature 0 as well: the mass before a token is counted of all tokens, not of the k that are left."""
+    values = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    weights = lambda first, **how: log_weights(values, Sampling(top_p_first=first, **how)).isfinite().tolist()  # noqa: E731
+    how = {"temperature": 1.0, "top_k": 3, "top_p": 0.75}
+    assert weights(True, **how) == [True, True, True, False], "mass before the third is .7"
+    assert weights(False, **how) == [True, True, False, False], "it is .78 of the three that top_k left"
+    assert weights(True, top_k=1) == [True, False, False, False]
+    assert weights(False, top_k=1) == [True] * 4
