@@ -64,9 +64,8 @@ class Run(shared_run.Run):
 
     @property
     def whole_verify(self) -> bool:
-        beyond = (
-            self.target_block > 1 or self.options.pipeline.attention == "full"
-        )  # tokens see what comes after the span
+        # Is there a token that sees what comes after the span?
+        beyond = self.target_block > 1 or self.options.pipeline.attention == "full"
         return isinstance(self.options, Options) and (beyond or super().whole_verify)
 
     def plain_forward(self, rows: list[int]) -> Tensor:
@@ -455,8 +454,9 @@ def _lossless(options: StandardOptions) -> Lossless:
                 "cache_ver_is_noop": options.cache.cache_ver_is_noop,
                 "ssd_partial_ar_span takes tokens past a rejection": acceptance.ssd_partial_ar_span > 0,
                 "ssd_threshold_draft_confidence rejects what the verifier accepts": acceptance.ssd_threshold_draft_confidence,
-                "the published rule forces tokens in blocks that would stand still": acceptance.acceptance
-                == "published",
+                "the published rule forces tokens in blocks that would stand still": (
+                    acceptance.acceptance == "published"
+                ),
                 "floor_to_blocks may end the text earlier": blocks.floor_to_blocks and blocks.block_length > 1,
             },
         )

@@ -41,6 +41,11 @@ class Blocks(Ending, BlockLength, Group):
     )
     truncate_at_eos: bool = option(True, "stop tokens end a text; false: there are none, whatever else says so")
 
+    @property
+    def ends_anywhere(self) -> bool:
+        """The last block is cut to the text, so that may take every position there is."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Pipeline(Group):

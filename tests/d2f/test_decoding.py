@@ -279,6 +279,19 @@ def test_max_new_tokens_is_kept(name, decoder):
         assert len(floored.tokens[0]) == n // 8 * 8
 
 
+@each_backend
+@each_decoder
+def test_a_text_may_take_every_position(name, decoder):
+    """Blocks of 24 do not divide the positions; the last one is cut to what there is."""
+    model = family(name)
+    positions = model.model.config.max_position_embeddings
+    flat = {**BASE, "block_length": 24, "max_new_tokens": 56, "skip_threshold": 0.2}
+    (text,) = model.run(decoder, [[7] * (positions - 56)], flat).tokens
+    assert len(text) == 56
+    with pytest.raises(UserError, match=f"Allowed: {positions - 56}"):
+        model.run(decoder, [[7] * (positions - 55)], flat)
+
+
 def test_a_text_without_room_is_empty():
     out = family("llada").run("plain", [[1, 2, 3, 4], [1, 2]], {**BASE, "max_length": 4})
     assert [len(t) for t in out.tokens] == [0, 2]
