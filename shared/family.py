@@ -112,7 +112,8 @@ class Training:
 
     ``sizes``: configuration by the name of a size, where the family's differ from those of `train.recipes`. ``others``: what differs for a network of
     `Network.others`, by its ``model_type``. ``options``: a `shared.options.FlatOptions` whose fields are flags; an object of it is then the fourth
-    argument of the objective. ``from_prompt``: are blocks counted from the end of the prompt?
+    argument of the objective. ``from_prompt``: are blocks counted from the end of the prompt? ``more_padding``: up to so many blocks of 32 more are trained
+    behind an answer, for decoders that are told how long a text will be.
     """
 
     objective: str
@@ -122,6 +123,7 @@ class Training:
     others: Mapping[str, Training] = field(default_factory=dict)
     options: str | None = None
     from_prompt: bool = False
+    more_padding: int = 0
 
     def of_type(self, model_type: str) -> Training:
         """That of the network with this ``model_type``."""

@@ -108,9 +108,8 @@ def add_family(commands, name: str, family: Family) -> None:
     if any(isinstance(family.networks[role], Adapter) for role in roles):
         command.add_argument("--base", help="what an adapter is laid on: a checkpoint folder or hub id")
         command.add_argument("--dtype", help="that the base is loaded in (default: its own; float32 on a CPU)")
-    for role, training in family.trains.items():
-        if training.options:
-            add_options(command.add_argument_group(f"--role {role}"), training)
+    for those in by_options(family).values():
+        add_options(command.add_argument_group(f"--role {' or '.join(those)}"), family.trains[those[0]])
 
 
 def sizes_of(family: Family) -> list[str]:
@@ -127,6 +126,15 @@ def backends_of(family: Family) -> dict[str, str]:
     return {t.lower(): t for n in networks if n.others for t in n.choices}
 
 
+def by_options(family: Family) -> dict[str, list[str]]:
+    """The roles whose objectives have options, by the class of those."""
+    found: dict[str, list[str]] = {}
+    for role, training in family.trains.items():
+        if training.options:
+            found.setdefault(training.options, []).append(role)
+    return found
+
+
 def add_options(section, training: Training) -> None:
     """A flag for every option of the objective; only those that are given appear in the result."""
     for group in training.options_class.groups().values():
@@ -138,13 +146,13 @@ def add_options(section, training: Training) -> None:
 def options_of(family: Family, args: argparse.Namespace) -> object:
     """The options of the role's objective, with the flags that were given; `UserError` for those of another role."""
     given = {}
-    for role, training in family.trains.items():
-        names = training.options_class.names() if training.options else ()
+    for those in by_options(family).values():
+        names = family.trains[those[0]].options_class.names()
         found = {name: getattr(args, name) for name in names if hasattr(args, name)}
-        if role == args.role:
+        if args.role in those:
             given |= found
         elif found:
-            refuse(next(iter(found)), f"--role {role}")
+            refuse(next(iter(found)), f"--role {' or '.join(those)}")
     kind = family.trains[args.role].options_class
     return kind and kind.from_flat(given)
 

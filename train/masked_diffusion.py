@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.options import FlatOptions, Group, check, option
-from train.answer_masks import answers, block_causal, both_ways, verify
+from train.answer_masks import answers, block_causal, block_of, both_ways, verify
 from train.data import Batch
 
 EPS = 1e-3
@@ -41,10 +41,18 @@ class Attention(Group):
 
 
 @dataclass(frozen=True, slots=True)
+class Noise(Group):
+    left_to_right_share: float = option(
+        0.0, "share of rows that are clean up to a block of 8, 16 or 32 and masked behind it", low=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Options(FlatOptions):
     """What may differ from the published objective."""
 
     attention: Attention = field(default_factory=Attention)
+    noise: Noise = field(default_factory=Noise)
 
 
 def add_noise(batch: Batch, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +63,19 @@ def add_noise(batch: Batch, mask_id: int, generator: torch.Generator) -> tuple[T
     drawn = torch.rand(batch.tokens.shape, device=device, generator=generator) < ratio[:, None]
     masked = batch.trained & drawn
     return batch.tokens.masked_fill(masked, mask_id), masked, ratio
+
+
+def left_to_right(batch: Batch, masked: Tensor, ratio: Tensor, block_length: int, at: Tensor) -> tuple[Tensor, Tensor]:
+    """What semi-autoregressive decoding sees: one block of each answer keeps the noise ``masked [B, T]`` of `add_noise`, all before it is clean and all
+    behind it masked. ``at [B]`` in [0, 1) says which block of ``block_length``. Returns what is masked, and the weight of each loss ``[B, T]``: the block's
+    masked tokens count by ``ratio`` and by the block's length, those behind it nothing."""
+    first, stop = answers(batch.trained)
+    block = block_of(first, masked.shape[1], block_length)
+    blocks = (stop - first + block_length - 1).div(block_length, rounding_mode="floor")
+    chosen = (at * blocks).long()[:, None]
+    here, behind = batch.trained & (block == chosen), batch.trained & (block > chosen)
+    weight = (here & masked) / (ratio * here.sum(1).clamp(min=1))[:, None]
+    return (here & masked) | behind, weight
 
 
 def predicting(values: Tensor, predicts_next: bool) -> Tensor:
@@ -75,14 +96,21 @@ def token_losses(logits: Tensor, tokens: Tensor, predicts_next: bool) -> Tensor:
 
 def objective(model: nn.Module, mask_id: int, seed: int, options: Options) -> MaskedDiffusion:
     """For `shared.family.Training`."""
-    return MaskedDiffusion(mask_id, seed, model.device, options.attention)
+    return MaskedDiffusion(mask_id, seed, model.device, options.attention, options.noise)
 
 
 class MaskedDiffusion:
     """The loss of one batch. In some of the batches the answers attend as D2F's drafts or its verifier do."""
 
-    def __init__(self, mask_id: int, seed: int, device: torch.device, attention: Attention | None = None):
-        self.mask_id, self.attention = mask_id, attention or Attention()
+    def __init__(
+        self,
+        mask_id: int,
+        seed: int,
+        device: torch.device,
+        attention: Attention | None = None,
+        noise: Noise | None = None,
+    ):
+        self.mask_id, self.attention, self.noise = mask_id, attention or Attention(), noise or Noise()
         self.random = Random(seed)
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -91,10 +119,20 @@ class MaskedDiffusion:
         if self.random.random() < self.attention.token_causal_share:
             return self.token_causal_loss(model, batch)
         noisy, masked, ratio = add_noise(batch, self.mask_id, self.generator)
-        logits = model(noisy, positions(noisy), None, self.draw_mask(batch))
         weight = masked / (ratio * batch.trained.sum(1))[:, None]
+        if self.noise.left_to_right_share > 0:
+            masked, weight = self.some_left_to_right(batch, masked, ratio, weight)
+            noisy = batch.tokens.masked_fill(masked, self.mask_id)
+        logits = model(noisy, positions(noisy), None, self.draw_mask(batch))
         losses = token_losses(logits, batch.tokens, model.predicts_next)
         return (losses * predicting(weight, model.predicts_next)).sum() / len(noisy)
+
+    def some_left_to_right(self, batch: Batch, masked: Tensor, ratio: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``masked`` and ``weight [B, T]``, those of `left_to_right` in a share of the rows."""
+        drawn = torch.rand(2, len(masked), device=masked.device, generator=self.generator)
+        there = left_to_right(batch, masked, ratio, self.random.choice(BLOCK_LENGTHS), drawn[1])
+        rows = (drawn[0] < self.noise.left_to_right_share)[:, None]
+        return torch.where(rows, there[0], masked), torch.where(rows, there[1], weight)
 
     def draw_mask(self, batch: Batch) -> Tensor:
         """``[B, T, T]``: both ways, or block-causal."""

@@ -130,6 +130,7 @@ def run(
         seed=recipe.seed,
         workers=recipe.workers,
         from_prompt=training.from_prompt,
+        most_more=training.more_padding,
     )
     with fused_attention(model):
         return fit(model, objective, stream, seconds=recipe.seconds, steps=recipe.steps, **how)
