@@ -1,0 +1,1 @@
+"""What runs a drafter and a verifier: the broker, the registry, the loop, and the leaves they share. It knows no family."""
