@@ -27,7 +27,9 @@ class Schedule:
         blocks = -(-length // self.block_length)
         self.steps = length if steps is None else steps
         if self.steps < blocks:
-            raise UserError(f"steps is {steps}. Allowed: at least {blocks}, one for each block of {self.block_length} tokens")
+            raise UserError(
+                f"steps is {steps}. Allowed: at least {blocks}, one for each block of {self.block_length} tokens"
+            )
         if steps is None:  # a token a step, also where the last block is shorter
             shares = [min(self.block_length, length - k * self.block_length) for k in range(blocks)]
         else:
@@ -70,7 +72,9 @@ class Predicted(NamedTuple):
     score: Tensor
 
 
-def predicted(logits: Tensor, unmask: Any, temperature: float = 0.0, texts: Texts | None = None, rows: Sequence[int] = ()) -> Predicted:
+def predicted(
+    logits: Tensor, unmask: Any, temperature: float = 0.0, texts: Texts | None = None, rows: Sequence[int] = ()
+) -> Predicted:
     """What ``logits [b, G, V]`` say, with the options ``unmask`` (`mdlm_dvd.options.Unmask`, its token ids filled in). A draw takes a number of its row for
     every position, random ranking one more."""
     if unmask.logits_eos_inf:
@@ -93,7 +97,9 @@ def predicted(logits: Tensor, unmask: Any, temperature: float = 0.0, texts: Text
     return Predicted(tokens, confidence, score)
 
 
-def guided(broker: ModelBroker, texts: Texts, rows: Sequence[int], region: Tensor, kind: str, cfg_scale: float) -> Tensor:
+def guided(
+    broker: ModelBroker, texts: Texts, rows: Sequence[int], region: Tensor, kind: str, cfg_scale: float
+) -> Tensor:
     """``[b, G, V]``: logits with classifier-free guidance, ``u + (cfg_scale + 1) (c - u)``, where ``u`` is without the prompt; one pass where it is off."""
     given = broker.logits(texts, rows, region, kind)
     if cfg_scale == 0:

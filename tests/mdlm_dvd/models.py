@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from shared.network.llada import LLaDAConfig, LLaDAModelLM
-
 from tests.family_checks import HERE
 
 MASK, EOS = 63, 62

@@ -213,7 +213,9 @@ def test_early_ends():
         for one, other in zip(full.tokens, cut.tokens, strict=True):
             assert other == one[: one.index(stop) if stop in one else LENGTH]
         assert sum(cut.forwards.values()) <= sum(full.forwards.values())
-    out = decoding.llada_generate(network(0), prompts(6), block_length=4, max_new_tokens=LENGTH, stopping_criteria_idx=(stop,))
+    out = decoding.llada_generate(
+        network(0), prompts(6), block_length=4, max_new_tokens=LENGTH, stopping_criteria_idx=(stop,)
+    )
     assert sum(out.forwards.values()) < sum(whole.forwards.values())
 
 
@@ -237,7 +239,9 @@ def test_seeds_and_recorded_numbers():
 def test_sampling_follows_the_softmax():
     """One place, many seeds: the first token's frequencies are the network's probabilities (4 deviations)."""
     prompt, count = [5, 6, 7], 3000
-    out = decoding.llada_generate(network(0), [prompt] * count, max_new_tokens=1, temperature=1.5, truncate_at_eos=False)
+    out = decoding.llada_generate(
+        network(0), [prompt] * count, max_new_tokens=1, temperature=1.5, truncate_at_eos=False
+    )
     ids = torch.tensor([[*prompt, MASK]])
     logits = network(0)(ids, torch.arange(4)[None])[0, -1]
     logits[MASK] = -torch.inf
@@ -248,7 +252,7 @@ def test_sampling_follows_the_softmax():
 
 def test_bad_input_is_refused():
     refused = [
-        (lambda: run("llada", prompts(1), steps=2, block_length=8), "steps is 2. Allowed: at least 3"),
+        (lambda: run("llada", prompts(1), steps=1, block_length=8), "steps is 1. Allowed: at least 2"),
         (lambda: run("llada", prompts(1), block_lenght=4), "block_length"),
         (lambda: run("llada", [[1, MASK]]), "contains the mask token"),
         (lambda: run("llada", [[]]), "is empty"),
@@ -274,5 +278,9 @@ def test_eos_flags_at_a_temperature():
     last = decoding.llada_generate(network(0), prompts(25), confidence_eos_eot_inf=True, **how)
     for text in last.completions:
         trace = text.trace
-        ends = [trace.confidence_of[p] for p in range(trace.prompt_length, len(trace.token_ids)) if trace.token_ids[p] in (EOS, 61)]
+        ends = [
+            trace.confidence_of[p]
+            for p in range(trace.prompt_length, len(trace.token_ids))
+            if trace.token_ids[p] in (EOS, 61)
+        ]
         assert all(c == 0 for c in ends)

@@ -109,7 +109,12 @@ def test_golden_dvd(case):
     how = {} if case["algorithm"] == "baseline_cascade" else {"drafter": recorded("llada_drafter")}
     decode, length = PUBLISHED[case["algorithm"]], case["kwargs"]["gen_length"]
     out = decode(
-        recorded("llada_verifier"), case["prompt_ids"], truncate_at_eos=False, steps=case["steps"], **case["kwargs"], **how
+        recorded("llada_verifier"),
+        case["prompt_ids"],
+        truncate_at_eos=False,
+        steps=case["steps"],
+        **case["kwargs"],
+        **how,
     )
     assert out.tokens == case["output_ids"]
     nfe = {lane: sum(s.forwards for s in kinds.values()) for lane, kinds in out.batch.items()}
@@ -120,6 +125,9 @@ def test_golden_dvd(case):
     assert sum(v.accepted for v in verifies) == case["totals"]["accepted"]
     for row, completion in enumerate(out.completions):
         for step, recorded_step in enumerate(case["trace"]):
-            region = [i if s <= step else None for i, s in zip(completion.tokens, completion.trace.step_of[-length:], strict=True)]
+            region = [
+                i if s <= step else None
+                for i, s in zip(completion.tokens, completion.trace.step_of[-length:], strict=True)
+            ]
             want = [None if i == case["kwargs"]["mask_id"] else i for i in recorded_step["gen_region"][row]]
             assert region == want, f"step {step}"
