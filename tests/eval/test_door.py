@@ -454,7 +454,8 @@ def one_by_one(model, family: str, context: list[int], continuation: list[int], 
     return found
 
 
-GOLDEN = {"D2F": ["D2F-llada", "D2F-dream"]}  # where a family has a network of several kinds
+# Where a family has a network of several kinds, or one that is tested with another family (LLaDA's).
+GOLDEN = {"D2F": ["D2F-llada", "D2F-dream"], "MDLM-DVD": []}
 NETWORKS = [(name, folder) for name in FAMILIES for folder in GOLDEN.get(name, [name])]
 
 
