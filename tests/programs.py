@@ -15,6 +15,7 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,15 @@ def run_together(
             subprocess.CompletedProcess(a["words"], code, read(k, "out"), read(k, "err"))
             for k, (a, code) in enumerate(zip(asked, codes, strict=True))
         ]
+
+
+def run_ranks(words: Sequence[str], cwd: Path, size: int, *, timeout: float = 120) -> list[subprocess.CompletedProcess]:
+    """``size`` processes of one program, which find each other as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    envs = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return run_together([words] * size, cwd, envs=envs, timeout=timeout)
 
 
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
