@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SHORT = ["--device", "cpu", "--max_new_tokens", "4", "--prompt", "What is 2 + 3?"]
 EVAL = "--model dllm --model_args pretrained=SDAR/tiny,max_new_tokens=4 --tasks instructions --limit 1 --apply_chat_template --output_path"
 # The compiler of torch, what it computes sizes with, transformers' networks, and the metrics of a hub.
-HEAVY = ("torch._dynamo", "sympy", "transformers.models", "evaluate.loading")
+HEAVY = ("torch._dynamo.", "sympy.", "transformers.models.", "evaluate.")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_program_runs_and_imports_little(folder, words, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert done.returncode == 0, done.stderr[-2000:]
     assert "torch" in imported
-    assert [name for name in HEAVY if name in imported] == []
+    assert [name for name in imported if f"{name}.".startswith(HEAVY)] == []
     if "--help" in words:
         assert "--output" in done.stdout or "--json" in done.stdout or "--seconds" in done.stdout
     elif words[0] == "-m":
