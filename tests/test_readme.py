@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ from fast_dllm_v2 import example_v2
 from llada2 import example_llada
 from sdar import generate, generate_ssd_policy
 from shared.scripts.cli import choose_script, parse
+from tests import programs
 from train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
@@ -125,8 +125,7 @@ def test_command(folder, command, tmp_path):
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=env)
+    done = programs.run(words, folder)
     assert done.returncode == 0, done.stderr
     return done
 

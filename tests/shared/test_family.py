@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from shared.family import (
     family_named,
     imported,
 )
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,7 +133,8 @@ def test_shipped_checkpoints_have_names_in_any_folder(tmp_path):
         "try: checkpoint_folder('SDAR/tiny/more')\n"
         "except UserError as error: print(error)\n"
     )
-    run = lambda: subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+    (tmp_path / "program.py").write_text(program)
+    run = lambda: programs.run(["program.py"], tmp_path)  # noqa: E731
     done = run()
     assert done.returncode == 0, done.stderr
     first, second, third, loaded, error = done.stdout.splitlines()
@@ -149,8 +149,6 @@ def test_scripts_take_a_shipped_name_in_any_folder(tmp_path):
     call = ["--model", "tiny", "--prompt", "Count from 1 to 3.", "--max_new_tokens", "4", "--device", "cpu"]
     for model in ("tiny", "SDAR/tiny"):
         call[1] = model
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "SDAR" / "generate.py"), *call], cwd=tmp_path, capture_output=True, text=True
-        )
+        done = programs.run([str(ROOT / "SDAR" / "generate.py"), *call], tmp_path)
         assert done.returncode == 0, done.stderr
         assert "forwards/token" in done.stdout
