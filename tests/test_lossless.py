@@ -47,9 +47,11 @@ def prompts(family: str, name: str) -> list[list[int]]:
 
 
 def decode(family: str, name: str, ids, setting, model=None, **more):
-    decoder, others = FAMILIES[family].decoders[setting.decoder], {}
-    if model is None:
-        model, others = first(family, name), other_models(FAMILIES[family], setting.decoder, shipped(family, name))
+    decoder, models = FAMILIES[family].decoders[setting.decoder], dict(shipped(family, name))
+    others, model = (
+        other_models(FAMILIES[family], setting.decoder, models),
+        first(family, name) if model is None else model,
+    )
     return decoder.generate(model, ids, **{**setting.options, "max_new_tokens": NEW_TOKENS, **others, **more})
 
 

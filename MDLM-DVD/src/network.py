@@ -133,9 +133,11 @@ class Network:
         """Begin with an empty cache where the texts are others than before."""
         if self.texts is not texts:
             self.texts, self.held = texts, [0] * len(texts)
-            self.engine = Engine.of(
-                self.model, len(texts), 2 * texts.canvas.tokens.shape[1] + WIDTH_STEP, (), self.runtime
-            )
+            # Behind the cache; the first pass, with the prompt in it, is worth no graph.
+            widths = range(WIDTH_STEP, self._wide(texts.gen_length) + 1, WIDTH_STEP)
+            kinds = [Shape(1, width, picks=texts.gen_length) for width in widths]
+            slots = 2 * texts.canvas.tokens.shape[1] + WIDTH_STEP
+            self.engine = Engine.of(self.model, len(texts), slots, kinds, self.runtime)
 
     def _finished(self, texts: Texts, rows: Sequence[int]) -> list[int]:
         """How many tokens of each text lie in blocks that are decided: whole ones, and before the region nothing is masked."""

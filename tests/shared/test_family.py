@@ -140,7 +140,9 @@ def test_shipped_checkpoints_have_names_in_any_folder(tmp_path):
     first, second, third, loaded, error = done.stdout.splitlines()
     assert [Path(p) for p in (first, second, third)] == [ROOT / f / "tiny" for f in ("SDAR", "Fast-dLLM-v2", "LLaDA2")]
     assert loaded == f"{ROOT / 'SDAR' / 'tiny'} <|MASK|>"
-    assert "one that ships here (D2F/llada, D2F/dream, Fast-dLLM-v2/tiny, LLaDA2/tiny, MDLM-DVD/tiny, SDAR/tiny)" in error
+    assert (
+        "one that ships here (D2F/llada, D2F/dream, Fast-dLLM-v2/tiny, LLaDA2/tiny, MDLM-DVD/tiny, SDAR/tiny)" in error
+    )
     (tmp_path / "SDAR" / "tiny").mkdir(parents=True)
     assert "the folder has no config.json" in run().stderr
 
