@@ -351,7 +351,9 @@ class Scripted:
     def decode(self, prompts, params, *, first=0, batch_size=1, seed=0):
         self.asked.append((list(prompts), dict(params), first, batch_size, seed))
         return [
-            Decoded(f"yes {prompt}" if (first + k + seed) % self.knows == 0 else "no", 2, 0.5, len(prompts), 3, 5, 8, 4)
+            Decoded(
+                f"yes {prompt}" if (first + k + seed) % self.knows == 0 else "no", 2, 0.5, 0.1, len(prompts), 3, 5, 8, 4
+            )
             for k, prompt in enumerate(prompts)
         ]
 

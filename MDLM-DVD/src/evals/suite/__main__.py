@@ -29,7 +29,10 @@ from shared.scripts.files import check_writable
 
 def parser() -> argparse.ArgumentParser:
     """Every flag."""
-    made = Parser(prog="python -m mdlm_dvd.src.evals.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    how = argparse.RawDescriptionHelpFormatter
+    made = Parser(
+        prog="python -m mdlm_dvd.src.evals.suite", description=__doc__, formatter_class=how, allow_abbrev=False
+    )
     made.add_argument("--config", default="tiny", help="a JSON file, or one that ships, by its name")
     made.add_argument("--output_dir", help="default: eval_results/ and the name of the experiment")
     made.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy
 import torch
 
 from mdlm_dvd.src.evals.suite.likelihood import LogitsOf
-from mdlm_dvd.src.model import ModelBroker
+from mdlm_dvd.src.model import ModelBroker, Pool
 from mdlm_dvd.src.registry import Algorithm, ModelRegistry
 from mdlm_dvd.src.runtime import Result, mask_of, run
 from mdlm_dvd.src.texts import Ask, Texts
@@ -19,15 +20,18 @@ from shared.decode.calls import Call
 from shared.errors import UserError
 
 ALONE = "llada"  # the algorithm of a model alone
+LOOP = ("gen_length", "steps")  # keywords of the loop, whatever the algorithm is
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A text and what it cost. ``seconds``: its share of those of its batch, in which ``rows`` texts were decoded at a time."""
+    """A text and what it cost. ``seconds``: its share of those of its batch, in which ``rows`` texts were decoded at a time; ``step_seconds``: those of a
+    step of the batch, on average."""
 
     text: str
     tokens: int
     seconds: float
+    step_seconds: float
     rows: int
     drafter_nfe: int
     verifier_nfe: int
@@ -46,29 +50,59 @@ class Method:
     algorithm: Algorithm
     swapped: bool = False
 
+    def takes(self, name: str) -> bool:
+        """Does the algorithm, or the loop around it, ask for a keyword of this name?"""
+        parameters = inspect.signature(self.algorithm.step).parameters
+        return name in (*LOOP, *parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
     def decode(
-        self, prompts: Sequence[str], params: Mapping[str, Any], *, first: int = 0, batch_size: int = 1, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        params: Mapping[str, Any],
+        *,
+        first: int = 0,
+        batch_size: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> list[Decoded]:
-        """``batch_size`` prompts at a time. They have the numbers ``first``, ``first + 1``, ...; random draws depend on that and on ``seed`` alone."""
+        """``batch_size`` prompts at a time. They have the numbers ``first``, ``first + 1``, ...; random draws depend on that and on ``seed`` alone. A text
+        ends before one of the strings ``stop``."""
         found = []
         for at in range(0, len(prompts), batch_size):
             part = list(prompts[at : at + batch_size])
             numbers = range(first + at, first + at + len(part))
             seed_everything(seed, numbers[0])
+            call = Call(requests=numbers, seed=seed, stop=stop, tokenizer=self.verifier.tokenizer)
             results = run(
-                self.drafter, self.verifier, self.algorithm, part, batch_size=len(part), seed=seed,
-                **{"call": Call(requests=numbers, seed=seed), **params},
-            )  # fmt: skip
-            found += [self._decoded(result, len(part)) for result in results]
+                self.drafter,
+                self.verifier,
+                self.algorithm,
+                part,
+                batch_size=len(part),
+                seed=seed,
+                **{"call": call, **params},
+            )
+            found += [self._decoded(result, len(part), stop) for result in results]
         return found
 
-    def _decoded(self, result: Result, rows: int) -> Decoded:
+    def _decoded(self, result: Result, rows: int, stop: Sequence[str]) -> Decoded:
         counts = {**result.metrics, **result.stats()}
         nfe = [int(counts.get(f"{role}_nfe", 0)) for role in ("drafter", "verifier")]
         drafted, accepted = (int(counts.get(k, counts.get(f"{k}_count", 0))) for k in ("drafted", "accepted"))
+        drafter_nfe, verifier_nfe = reversed(nfe) if self.swapped else nfe
+        # An algorithm of a user's may know nothing of stop strings.
+        text = result.text[: min((at for s in stop if (at := result.text.find(s)) >= 0), default=None)]
         return Decoded(
-            result.text, len(result.token_ids), result.seconds / rows, rows, *(reversed(nfe) if self.swapped else nfe), drafted, accepted
-        )  # fmt: skip
+            text=text,
+            tokens=len(result.token_ids),
+            seconds=result.seconds / rows,
+            step_seconds=result.metrics["avg_step_latency"],
+            rows=rows,
+            drafter_nfe=drafter_nfe,
+            verifier_nfe=verifier_nfe,
+            drafted=drafted,
+            accepted=accepted,
+        )
 
 
 def seed_everything(seed: int, number: int) -> None:
@@ -81,16 +115,13 @@ def seed_everything(seed: int, number: int) -> None:
 class Pair:
     """A drafter and a verifier of a registry, loaded once each, and the methods that they make."""
 
-    def __init__(self, registry: ModelRegistry, drafter: str, verifier: str, **how):
+    def __init__(self, registry: ModelRegistry, drafter: str, verifier: str, pool: Pool | None = None, **how):
         self.registry = registry
-        self.verifier = registry.load(verifier, "verifier", **how)
-        self.drafter = registry.load(drafter, "drafter", **how)
+        self.verifier = registry.load(verifier, "verifier", pool, **how)
+        self.drafter = registry.load(drafter, "drafter", pool, **how)
         # The same networks, in the role that the decode of a model alone gives it.
-        self.alone = {"verifier": self.verifier, "drafter": registry.load(drafter, "verifier", **how)}
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(getattr(self.verifier.model_state["model"], "device", "cpu"))
+        self.alone = {"verifier": self.verifier, "drafter": registry.load(drafter, "verifier", pool, **how)}
+        self.device = torch.device(getattr(self.verifier.model_state["model"], "device", "cpu"))
 
     def method(self, algorithm: str) -> Method:
         """The algorithm of that name over both."""
@@ -109,7 +140,7 @@ class Pair:
 
     def scorer(self, role: str) -> Scorer:
         """What the model of ``role`` says of given text."""
-        return Scorer(self.alone[role])
+        return Scorer(self.alone[role], self.device)
 
 
 def parameters_of(broker: ModelBroker) -> int:
@@ -123,6 +154,7 @@ class Scorer:
     """Logits of states of a given text, for `likelihood`."""
 
     broker: ModelBroker
+    device: torch.device
 
     @property
     def mask_id(self) -> int:
@@ -138,11 +170,10 @@ class Scorer:
         limit = getattr(getattr(self.broker.model_state["model"], "config", None), "max_position_embeddings", None)
         if limit is not None and len(ids) + length > limit:
             raise UserError(f"a prompt and its answer have {len(ids)} and {length} tokens. Allowed: {limit} in all")
-        device = torch.device(getattr(self.broker.model_state["model"], "device", "cpu"))
-        texts = Texts([ids], Ask(gen_length=length, mask_id=self.mask_id, device=device))
+        texts = Texts([ids], Ask(gen_length=length, mask_id=self.mask_id, device=self.device))
 
         def logits_of(states: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode():
-                return self.broker.logits_of_states(texts, [0], states[None].to(device), "verify")[0]
+                return self.broker.logits_of_states(texts, [0], states[None].to(self.device), "verify")[0]
 
         return logits_of

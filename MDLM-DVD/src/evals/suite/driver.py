@@ -20,6 +20,7 @@ from mdlm_dvd.src.evals.suite.config import Config, as_data, grid
 from mdlm_dvd.src.evals.suite.decoders import Method, Pair
 from mdlm_dvd.src.evals.suite.likelihood import generative_perplexity, load_causal, masked_log_likelihood
 from mdlm_dvd.src.evals.suite.problems import Problem
+from shared.errors import UserError
 from shared.scripts.claims import claimed
 from shared.scripts.identity import code_version
 from shared.scripts.store import Store
@@ -46,6 +47,14 @@ class Setting:
 def settings_of(config: Config, pair: Pair) -> list[Setting]:
     """The method under test and the baselines, each with its grid. Baselines take ``gen_length`` from the method where they do not say."""
     found = [Setting(pair.method(config.algorithm), params) for params in grid(config.model_params)]
+    given = {"model_params": (found[0].method, config.model_params)}
+    given |= {f"baselines: {role}": (pair.baseline(role), params) for role, params in config.baselines.items()}
+    for where, (method, params) in given.items():
+        for name in params:
+            if not method.takes(name):
+                raise UserError(
+                    f"config {where}: {name} is nothing that {method.name} asks for. Allowed: its own keywords"
+                )
     length = {"gen_length": config.model_params["gen_length"]} if "gen_length" in config.model_params else {}
     for role, params in config.baselines.items():
         found += [Setting(pair.baseline(role), chosen) for chosen in grid({**length, **params})]

@@ -124,9 +124,10 @@ def page(results: Row, rows: Sequence[Row]) -> str:
         f"# {config['experiment_name']}\n",
         f"Drafter `{config['drafter']}`, verifier `{config['verifier']}`, algorithm `{config['algorithm']}`, seeds {', '.join(map(str, seeds))}. "
         f"Problems: {', '.join(f'{t} {n}' for t, n in dict.fromkeys((r['task'], r['problems']) for r in rows))}.\n",
-        f"## Accuracy\n\nPercent of problems solved, ± Student's interval at {share:.0%} over problems; a problem counts with the mean of its seeds.\n",
+        f"## Accuracy\n\nPercent of problems solved, ± Student's interval at {share:.0%} over problems; a problem counts with the mean of its seeds. "
+        "An interval of all or none is 0 wide, which says little of few problems.\n",
         as_markdown(main_table(rows)),
-        "![Accuracy against forwards a text](pareto.png)\n",
+        "![Accuracy against operations](pareto.png)\n",
         "![Accuracy by method](accuracy.png)\n",
         "## Cost\n\nForwards of each model a text (nfe), and seconds of all texts of a seed. A forward of the drafter and one of the verifier cost "
         "different amounts: the FLOPs estimate, 2 · parameters · nfe for each position, weighs them by parameters.\n",
@@ -175,7 +176,7 @@ def reproducibility(results: Row) -> str:
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """``pareto.png``: accuracy against forwards a text, one panel a task; ``accuracy.png``: bars."""
+    """``pareto.png``: accuracy against operations, one panel a task; ``accuracy.png``: bars."""
     from matplotlib import pyplot
 
     from eval.plots import HUES, THEMES, Styles, frontier, panels, style
@@ -185,7 +186,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             "task": r["task"],
             "group": r["method"],
             "setting": r["setting"],
-            "nfe": r["drafter_nfe"] + r["verifier_nfe"],
+            "operations": r["flops_estimate"] / 1e9,
             "accuracy": r["accuracy"],
             "low": max(0.0, r["accuracy"] - r["margin"]),
             "high": min(1.0, r["accuracy"] + r["margin"]),
@@ -193,14 +194,14 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         for r in rows
     ]
     with pyplot.rc_context(style(THEMES["light"])):
-        figure = frontier(points, Styles(points, baseline=""), "nfe", "forwards a text, of both models")
+        figure = frontier(points, Styles(points, baseline=""), "operations", "GFLOP a position, of both models")
         if figure is not None:
             figure.savefig(folder / "pareto.png", dpi=110, bbox_inches="tight")
             pyplot.close(figure)
         tasks = list(dict.fromkeys(p["task"] for p in points))
         figure, axes = panels([t.replace("_", " ") for t in tasks])
         methods = list(dict.fromkeys(p["group"] for p in points))
-        for task, ax in zip(tasks, axes, strict=False):
+        for column, (task, ax) in enumerate(zip(tasks, axes, strict=False)):
             here = [p for p in points if p["task"] == task]
             high = [100 * p["accuracy"] for p in here]
             spread = [
@@ -211,6 +212,8 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             colours = [HUES[methods.index(p["group"]) % len(HUES)] for p in here]
             ax.barh(names, high, xerr=spread, color=colours, height=0.6, error_kw={"elinewidth": 0.8, "alpha": 0.5})
             ax.invert_yaxis()
+            if column % 3:  # the same names as of the panel to its left
+                ax.set_yticklabels([])
             ax.set_xlim(0, 105)
             ax.tick_params(axis="y", labelsize=7)
             ax.set_xlabel("accuracy %")
