@@ -20,13 +20,10 @@ from mdlm_dvd.src.runtime import Event, run
 from shared.decode.calls import Call, checked, split_call
 from shared.network.sizes import sizes_of
 from shared.options import FlatOptions
-from shared.output import Lossless, Output
+from shared.output import Lossless, Output, losslessness
 from shared.trace import add_lanes
 
 ALONE = "the verifier's own decode"
-_OWN = Lossless(True, "the verifier decodes alone, which is the reference", ALONE)
-_EXACT = Lossless(True, "every step is the verifier's own: same greedy text", ALONE)
-_SEEN = Lossless(False, "drafts are kept by a rule, not because the verifier would have written them", ALONE)
 
 
 def llada_generate(model, input_ids, options: kinds.VerifierOptions | None = None, **flat) -> Output:
@@ -82,9 +79,11 @@ def _resolve(model, options: Any, tokenizer) -> Any:
     return options.replace(mask_id=mask_id, stopping_criteria_idx=list(stops))
 
 
-def as_network(model, runtime: Any, **how) -> Network:
-    """How a decoder looks at a network: a `Network` as it is, a model as one that sees everything."""
-    return model if isinstance(model, Network) else Network(model, runtime=runtime, **how)
+def as_network(model, runtime: Any) -> Network:
+    """How a decoder looks at a network: a `Network` as it is, a model block by block where its config names a ``block_size``, else whole."""
+    if isinstance(model, Network):
+        return model
+    return Network(model, getattr(model.config, "block_size", None), runtime=runtime)
 
 
 def _decode(kind: type[FlatOptions], algorithm: Algorithm, model, drafter, input_ids, options, flat: dict) -> Output:
@@ -96,8 +95,7 @@ def _decode(kind: type[FlatOptions], algorithm: Algorithm, model, drafter, input
     if drafter is None or drafter is model:
         second = replace(network) if drafter is not None else network
     else:
-        # A drafter that was trained block by block may keep what is finished.
-        second = as_network(drafter, options.runtime, block_length=getattr(drafter.config, "block_size", None))
+        second = as_network(drafter, options.runtime)
     other = ModelBroker.of(second, call.tokenizer, "drafter")
     done, counted = [], []
     requests = range(len(job.prompts)) if call.requests is None else list(call.requests)
@@ -128,7 +126,7 @@ def _decode(kind: type[FlatOptions], algorithm: Algorithm, model, drafter, input
     return Output(
         done,
         time.perf_counter() - job.began,
-        lossless_of(algorithm.name),
+        lossless_of(algorithm.name, job.options),
         batch=batch,
         sizes={name: sizes_of(lanes[name]) for name in batch},
     )
@@ -141,6 +139,35 @@ def _finisher(call: Call, events: list[Event]) -> Callable[[Event], None]:
     return listen
 
 
-def lossless_of(algorithm: str) -> Lossless:
-    """Does the text equal what the verifier writes alone?"""
-    return {"llada": _OWN, "baseline_cascade": _OWN, "verify_exact": _EXACT}.get(algorithm, _SEEN)
+def lossless_of(algorithm: str, options: Any) -> Lossless:
+    """Does the text equal what the verifier writes alone, and in which way?"""
+    if algorithm in ("llada", "baseline_cascade"):
+        return Lossless(True, "the verifier decodes alone, which is the reference", ALONE)
+    if algorithm == "verify_exact":
+        return Lossless(True, "every step is the verifier's own: same greedy text", ALONE)
+    if algorithm != "cascade":
+        return Lossless(False, "drafts are kept by a rule, not because the verifier would have written them", ALONE)
+    acceptance = options.acceptance
+    broken = {
+        f"accept {acceptance.accept} keeps what the verifier would not have written": acceptance.accept != "exact",
+        f"verify_mode {acceptance.verify_mode} shows the verifier what it judges": acceptance.verify_mode != "ordered",
+        "max_iterations ends verifying": acceptance.max_iterations is not None,
+    }
+    return losslessness(broken, "greedy text", "the verifier's own block size one")
+
+
+def lossless_named(algorithm: Algorithm, kwargs: dict[str, Any]) -> Lossless | None:
+    """The same for an algorithm of the registry and the values its options were made of; None where it is a user's own."""
+    own = {
+        "cascade": (cascade_algorithm, kinds.CascadeOptions),
+        "topk_sets": (topk_sets, kinds.CascadeOptions),
+        "verify_exact": (verify_exact, kinds.ExactOptions),
+        "llada": (llada, kinds.VerifierOptions),
+        "baseline_cascade": (baseline, kinds.StepOptions),
+        "threshold_verifier": (threshold_verifier, kinds.ThresholdOptions),
+        "top_k_intersection": (top_k_intersection, kinds.StepOptions),
+    }
+    if algorithm.name not in own or own[algorithm.name][0].run_step is not algorithm.step:
+        return None
+    kind = own[algorithm.name][1]
+    return lossless_of(algorithm.name, kind.from_flat({k: v for k, v in kwargs.items() if k in kind.names()}))

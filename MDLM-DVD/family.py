@@ -27,21 +27,39 @@ _VERIFIER = Training(
     more_padding=2,
 )
 
+_DRAFTER = replace(
+    _VERIFIER,
+    config={"rope_theta": 1e4, "block_size": 32},
+    sizes={"smoke": _size(32, 64, 1, 1), "tiny": _size(96, 256, 2, 3), "deep": _size(96, 256, 3, 3)},
+)
+
+
+def _decoder(function: str, options: str, presets: str, alone: bool = False) -> Decoder:
+    roles = ("model",) if alone else None
+    return Decoder(f"mdlm_dvd.decoding:{function}", f"mdlm_dvd.options:{options}", f"mdlm_dvd.options:{presets}", roles)
+
+
 FAMILY = Family(
     name="MDLM-DVD",
     package="mdlm_dvd",
     networks={
-        "model": Network("shared.network.llada:LLaDAModelLM", "llada"),
+        "model": Network("shared.network.llada:LLaDAModelLM", "llada", "mdlm_dvd.likelihood:monte_carlo_scores"),
         "drafter": Network("shared.network.llada:LLaDAModelLM", "llada"),
     },
     decoders={
-        "cascade": Decoder("mdlm_dvd.decoding:cascade", "mdlm_dvd.options:Options", "mdlm_dvd.options:PRESETS"),
+        "cascade": _decoder("cascade", "CascadeOptions", "CASCADE_PRESETS"),
+        "topk_sets": _decoder("topk_sets_generate", "CascadeOptions", "CASCADE_PRESETS"),
+        "verify_exact": _decoder("verify_exact_generate", "ExactOptions", "EXACT_PRESETS"),
+        "threshold_verifier": _decoder("threshold_verifier_generate", "ThresholdOptions", "STEP_PRESETS"),
+        "top_k_intersection": _decoder("top_k_intersection_generate", "StepOptions", "STEP_PRESETS"),
+        "baseline_cascade": _decoder("baseline_cascade_generate", "StepOptions", "STEP_PRESETS", alone=True),
+        "llada": _decoder("llada_generate", "VerifierOptions", "VERIFIER_PRESETS", alone=True),
     },
-    baseline=DecoderSetting("cascade"),
+    # The verifier writes one token after the other: a round without drafts.
+    baseline=DecoderSetting("cascade", {"draft_steps": 0}),
+    plain=DecoderSetting("llada", {"confidence_threshold": 0.9}),
     exact=DecoderSetting("cascade"),
-    trains={
-        "model": _VERIFIER,
-        "drafter": replace(_VERIFIER, sizes={"smoke": _size(32, 64, 1, 1), "tiny": _size(96, 256, 2, 3)}),
-    },
-    shipped={"tiny": {"model": "tiny/verifier", "drafter": "tiny/drafter"}},
+    method="cascade",
+    trains={"model": _VERIFIER, "drafter": _DRAFTER},
+    shipped={"tiny": {"model": "../D2F/tiny/llada", "drafter": "tiny/drafter"}},
 )

@@ -93,24 +93,25 @@ class ThresholdOptions(StepOptions):
 
 @dataclass(frozen=True, slots=True)
 class Draft(Group):
-    draft_steps: int = option(8, "forwards of the drafter a round", low=0)
+    draft_steps: int = option(1, "forwards of the drafter a round", low=0)
     draft_threshold: float = option(
-        0.9, "each of them takes every prediction above this probability, and the likeliest", low=0.0, high=1.0
+        0.0, "each takes every prediction above this probability in the first open block, the likeliest at least", low=0.0, high=1.0
     )
     draft_cache: bool = option(True, "a drafter that attends block by block keeps what is finished in a cache")
 
 
 @dataclass(frozen=True, slots=True)
 class Acceptance(Group):
-    accept: AcceptRule = option("threshold", "which drafts the verifier keeps (verification_algos.ACCEPT_RULES)")
+    accept: AcceptRule = option("exact", "which drafts the verifier keeps (verification_algos.ACCEPT_RULES)")
     accept_threshold: float = option(0.5, "p of the rules threshold and disagreement", low=0.0)
     set_size: int = option(5, "k of topk_sets: 1 is an exact match, the vocabulary's size the verifier alone", low=1)
     min_prob: float = option(0.0, "least probability of a token that topk_sets commits", low=0.0, high=1.0)
     fill_threshold: float | None = option(
         0.9, "the verify also writes its own predictions above this probability; none: only where it must", low=0.0
     )
-    verify_mode: Literal["visible", "leave_out", "queries"] | None = option(
-        None, "does the verifier see the draft it judges? yes; no, by several forwards; hardly, by masks beside the text"
+    verify_mode: Literal["ordered", "visible", "leave_out", "queried"] = option(
+        "ordered",
+        "what the verifier sees of the draft it judges: the tokens before (as at block size one); all; all but a group; all but that token",
     )
     verify_groups: int = option(4, "leave_out: forwards, each without its share of the drafts", low=1)
     max_iterations: int | None = option(None, "rounds, after which the verifier alone fills the rest", low=1)

@@ -1,7 +1,8 @@
 """Several cached steps of the drafter, one verify of all it wrote, and accepted tokens stay wherever they are.
 
-The verify also writes what it is sure of itself, so that a round brings no less than a step of the verifier alone. With ``accept all`` nothing is verified: the
-drafter writes, and the verifier's own decode fills what is left.
+By default the verifier judges each token after those before it, as it would write one token at a time; the first that it would not have written it replaces. With
+``accept exact`` the text is then its own at block size one. In the other modes it sees more of the draft, and also writes what it is sure of itself, so that a
+round brings no less than a step of the verifier alone. With ``accept all`` nothing is verified: its own decode fills what the drafter left.
 """
 
 from __future__ import annotations
@@ -107,32 +108,42 @@ def fill(verifier, texts: Texts, state: dict) -> dict:
 
 
 def verify(verifier, texts: Texts, options: CascadeOptions, schedule: Schedule, draft: Draft) -> dict:
-    """Judge a draft, keep what passes, and add what the verifier is sure of in the first open block: one token at least where nothing passed."""
+    """Judge a draft and keep what passes. At block size one (``ordered``) that ends with the first rejection, which is replaced; otherwise the verifier adds
+    what it is sure of in the first open block, one token at least where nothing passed."""
     rows, acceptance = texts.live, options.acceptance
     before = texts.region(rows)
+    masked = before == texts.mask_id
     logits = judging_logits(verifier, texts, rows, draft, before, acceptance)
     how = {k: getattr(acceptance, k) for k in ("accept_threshold", "set_size", "min_prob")}
     judged = ACCEPT_RULES[acceptance.accept](Claim(draft.tokens, draft.drafted, logits, draft.logits), **how)
-    texts.write(rows, judged.accepted, judged.tokens, How.ACCEPTED, probability_of(logits, judged.tokens))
-    found = predicted(logits, _ALONE)
-    open_ = schedule.first_open((before == texts.mask_id) & ~judged.accepted)
-    sure = open_ & (found.confidence > acceptance.fill_threshold) if acceptance.fill_threshold is not None else open_ & False
-    texts.write(rows, sure, found.tokens, How.FILLED, found.confidence)
-    idle = ~(judged.accepted | sure).any(-1)
-    must = top(found.score, open_ & idle[:, None], idle.long())
-    texts.write(rows, must, found.tokens, How.FORCED, found.confidence)
-    sent, accepted = draft.drafted.sum(-1), judged.accepted.sum(-1)
-    texts.note_verify(rows, sent, accepted)
+    found, accepted = predicted(logits, _ALONE), judged.accepted
+    if acceptance.verify_mode == "ordered":
+        passed = (accepted | ~masked).cumprod(-1).bool()
+        accepted, first = passed & masked, (~passed).cumsum(-1) == 1
+        texts.write(rows, accepted, judged.tokens, How.ACCEPTED, probability_of(logits, judged.tokens))
+        texts.write(rows, first & ~passed, found.tokens, How.RESAMPLED, found.confidence)
+    else:
+        texts.write(rows, accepted, judged.tokens, How.ACCEPTED, probability_of(logits, judged.tokens))
+        open_ = schedule.first_open(masked & ~accepted)
+        least = acceptance.fill_threshold
+        sure = open_ & (found.confidence > (2.0 if least is None else least))
+        texts.write(rows, sure, found.tokens, How.FILLED, found.confidence)
+        idle = ~(accepted | sure).any(-1)
+        must = top(found.score, open_ & idle[:, None], idle.long())
+        texts.write(rows, must, found.tokens, How.FORCED, found.confidence)
+    sent, kept = draft.drafted.sum(-1), accepted.sum(-1)
+    texts.note_verify(rows, sent, kept)
     texts.end_step(rows)
-    return {"drafted_count": int(sent.sum()), "accepted_count": int(accepted.sum())}
+    return {"drafted_count": int(sent.sum()), "accepted_count": int(kept.sum())}
 
 
 def judging_logits(verifier, texts: Texts, rows: Sequence[int], draft: Draft, before: Tensor, acceptance) -> Tensor:
-    """``[b, G, V]``: what the verifier says of drafts that it sees (``visible``), that stand beside masks which do not (``queries``), or that are masked, a
-    group after the other (``leave_out``; of places that were not drafted what the first of its passes says)."""
-    mode = acceptance.verify_mode or verifier_mode(verifier)
+    """``[b, G, V]``: what the verifier says of drafts, as ``verify_mode`` has it. ``leave_out`` masks a group after the other; of places that were not drafted
+    it is what the first of these passes says."""
+    mode = acceptance.verify_mode
     if mode != "leave_out":
-        return verifier.logits(texts, rows, draft.region, "verify", queried=mode == "queries")
+        beside = None if mode == "visible" else mode
+        return verifier.logits(texts, rows, draft.region, "verify", beside=beside)
     group = (draft.drafted.cumsum(-1) - 1) % acceptance.verify_groups
     most = min(acceptance.verify_groups, max(1, int(draft.drafted.sum(-1).max())))
     logits = None
@@ -141,8 +152,3 @@ def judging_logits(verifier, texts: Texts, rows: Sequence[int], draft: Draft, be
         said = verifier.logits(texts, rows, torch.where(hidden, before, draft.region), "verify")
         logits = said if logits is None else torch.where(hidden[..., None], said, logits)
     return logits
-
-
-def verifier_mode(verifier) -> str:
-    """How a verifier judges unless told otherwise."""
-    return "leave_out" if verifier.network is not None and verifier.network.leave_out else "visible"

@@ -142,15 +142,15 @@ class ModelBroker:
         kind: str,
         *,
         cached: bool = False,
-        queried: bool = False,
+        beside: str | None = None,
         hide_prompt: bool = False,
     ) -> Tensor:
         """``[b, G, V]``: one pass over the texts of ``rows`` with ``region [b, G]``, counted as ``kind``; row ``j`` predicts region position ``j``. The mask
-        token is never predicted. ``cached`` and ``queried``: see `Network`."""
+        token is never predicted. ``cached``, and ``beside`` (``queried``, ``ordered``): see `Network`."""
         if self.network is None:
             logits, spent = self._by_adapter(texts, rows, region)
-        elif queried:
-            logits, spent = self.network.queried(texts, rows, region)
+        elif beside is not None:
+            logits, spent = getattr(self.network, beside)(texts, rows, region)
         elif cached and self.network.can_cache:
             logits, spent = self.network.cached(texts, rows, region)
         else:

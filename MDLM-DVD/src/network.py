@@ -25,12 +25,14 @@ WIDTH_STEP = 32  # passes are this multiple wide, so that few graphs serve all p
 
 @dataclass
 class Network:
-    """``model`` is a `shared.network.decoder.DecoderModel`. ``leave_out``: it is asked about drafts that it does not see, unless told otherwise."""
+    """``model`` is a `shared.network.decoder.DecoderModel`. ``leave_out``: a token of it sees itself, so that it is asked about drafts that
+    it does not see, unless told otherwise. ``next_token``: row ``t`` of its logits predicts token ``t + 1``, where the model does not say so itself."""
 
     model: Any
     block_length: int | None = None
     from_prompt: bool = True
     leave_out: bool = False
+    next_token: bool = False
     runtime: Runtime = field(default_factory=Runtime)
     engine: Engine | None = None
     held: list[int] = field(default_factory=list)  # of every row, how many tokens the cache holds
@@ -38,7 +40,7 @@ class Network:
 
     @property
     def predicts_next(self) -> bool:
-        return getattr(self.model, "predicts_next", False)
+        return self.next_token or getattr(self.model, "predicts_next", False)
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +77,29 @@ class Network:
         mask = torch.cat([mask, torch.cat([asks, itself], 2)], 1)
         positions = torch.cat([places, here], 1)
         logits = self.model(layout, positions, None, mask, logits_at=slice(width, None))
+        asked = texts.gen_length
+        return logits, [Spent(1, n + asked, asked, 0, n * n + asked * (n + 1)) for n in lengths]
+
+    def ordered(self, texts: Texts, rows: Sequence[int], region: Tensor):
+        """The same at block size one: the mask beside place ``j`` sees the prompt and what stands in the region before ``j``, whose tokens see each other from
+        left to right as well. So row ``j`` is what the network writes next after the first ``j`` tokens of ``region``, for all ``j`` in one pass. (A
+        network that predicts the next token needs no masks.)"""
+        lengths = [texts.lengths[i] + texts.gen_length for i in rows]
+        width, here = max(lengths), texts.positions(rows)
+        ids = texts.with_region(rows, region)[:, :width]
+        places = torch.arange(width, device=ids.device).expand_as(ids)
+        # Where blocks are counted from its end, the prompt sees itself whole; else it is token-causal too.
+        place = (places - here[:, :1]).clamp(min=-1) if self.from_prompt else places - here[:, :1]
+        seen = place[:, None] <= place[:, :, None]
+        if self.predicts_next:
+            logits = self.model(ids, places, None, seen, logits_at=here - 1)
+            return logits, [Spent(1, n, texts.gen_length, 0, n * n) for n in lengths]
+        layout = torch.cat([ids, torch.full_like(region, texts.mask_id)], 1)
+        asks = place[:, None] < torch.arange(here.shape[1], device=ids.device)[:, None]
+        itself = torch.eye(here.shape[1], dtype=torch.bool, device=ids.device).expand(len(rows), -1, -1)
+        mask = torch.cat([seen, torch.zeros_like(asks.transpose(1, 2))], 2)
+        mask = torch.cat([mask, torch.cat([asks, itself], 2)], 1)
+        logits = self.model(layout, torch.cat([places, here], 1), None, mask, logits_at=slice(width, None))
         asked = texts.gen_length
         return logits, [Spent(1, n + asked, asked, 0, n * n + asked * (n + 1)) for n in lengths]
 

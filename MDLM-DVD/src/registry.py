@@ -20,7 +20,7 @@ HOME = Path(__file__).parents[1]
 ALIASES = {"baseline": "baseline_cascade", "threshold": "threshold_verifier"}
 _MODEL = {"name", "path", "init_func", "tokenizer_func", "gen_func", "model_id"}
 _ALGORITHM = {"name", "path", "step_func"}
-_OPTIONAL = {"available_models": {"kwargs", "family", "cache", "chat"}, "available_algorithms": {"kwargs"}}
+_OPTIONAL = {"available_models": {"kwargs", "family", "cache", "chat", "adapter"}, "available_algorithms": {"kwargs"}}
 _SECTIONS = {"available_models": _MODEL, "available_algorithms": _ALGORITHM}
 
 
@@ -100,7 +100,12 @@ class ModelRegistry:
         if (self.home / model_id).is_dir():
             model_id = str((self.home / model_id).resolve())
         config = {**entry, **given, "model_id": model_id, "registry_id": name}
-        broker = ModelBroker(module, config, role, pool, self._states.get(name))
+        try:
+            broker = ModelBroker(module, config, role, pool, self._states.get(name))
+        except UserError as error:
+            if "the hub did not give it" not in str(error):
+                raise
+            raise UserError(f"{role} {name!r}: {error}. Allowed: tiny_drafter and tiny_verifier, which ship here") from error
         self._states[name] = broker.model_state
         return broker
 
