@@ -14,6 +14,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import argparse
+import difflib
 import importlib
 import json
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mdlm_dvd.main import told_unused
-from mdlm_dvd.src.evals.suite.problems import tasks_folder
+from mdlm_dvd.src.evals.suite.problems import OFFLINE, tasks_folder
 from mdlm_dvd.src.flags import parse, pool_of
 from mdlm_dvd.src.model import Pool
 from shared.errors import Parser, UserError, run_main
@@ -102,10 +103,25 @@ def _score(found: Mapping[str, Any]) -> float | None:
     return None
 
 
-def evaluate(asked: argparse.Namespace, pool: Pool) -> dict[str, Any]:
-    """Run the tasks. Names are checked before anything is loaded, tasks before the models. ``pool`` holds all other flags."""
-    import lm_eval
+def manager_of(names: Sequence[str]) -> Any:
+    """What finds these tasks: ours, and those of lm-eval where ours are not enough, since reading its list takes seconds."""
     from lm_eval.tasks import TaskManager
+
+    for all_tasks in (False, True):
+        manager = TaskManager(include_path=str(tasks_folder()), include_defaults=all_tasks)
+        missing = [name for name in names if not manager.match_tasks([name])]
+        if not missing:
+            return manager
+    near = difflib.get_close_matches(missing[0], manager.all_tasks, n=2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise UserError(
+        f"unknown task {missing[0]!r}{hint} Allowed: {', '.join(OFFLINE)}, or what lm-eval has (lm_eval ls tasks)"
+    )
+
+
+def evaluate(asked: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """Run the tasks. Names are checked before anything is loaded, models before data sets are fetched. ``pool`` holds all other flags."""
+    import lm_eval
 
     from eval.early import in_one_line
     from mdlm_dvd.src.evals.dvd_lm_eval import DVD_LM, Swap
@@ -119,15 +135,15 @@ def evaluate(asked: argparse.Namespace, pool: Pool) -> dict[str, Any]:
     registry.algorithm(asked.algorithm)
     names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     importlib.import_module("eval.code_eval").install()
-    manager = TaskManager(include_path=str(tasks_folder()))
+    manager = manager_of(names)
+    device = resolve_device(asked.device)
+    place = "cpu" if asked.swap_models_each_step else str(device)
+    pair = Pair(registry, asked.drafter, asked.verifier, pool, device=place, dtype=asked.dtype)
     loaded = in_one_line(manager.load)(names)
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not asked.confirm_run_unsafe_code:
             raise UserError(f"task {name!r} runs model-written code. Allowed: --confirm_run_unsafe_code, other tasks")
     manager.load = lambda *_, **__: loaded  # lm-eval's own call, for the same tasks
-    device = resolve_device(asked.device)
-    place = "cpu" if asked.swap_models_each_step else str(device)
-    pair = Pair(registry, asked.drafter, asked.verifier, pool, device=place, dtype=asked.dtype)
     model = DVD_LM(
         pair,
         asked.algorithm,

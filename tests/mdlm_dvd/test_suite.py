@@ -348,6 +348,9 @@ class Scripted:
     knows: int
     asked: list
 
+    def takes(self, name):
+        return name in ("gen_length", "steps")
+
     def decode(self, prompts, params, *, first=0, batch_size=1, seed=0):
         self.asked.append((list(prompts), dict(params), first, batch_size, seed))
         return [
@@ -463,6 +466,12 @@ def test_an_interrupted_run_goes_on(config, tmp_path, monkeypatch):
     before = len(pair.asked)
     driver.evaluate(config, pair, asked, tmp_path / "half", "")
     assert len(pair.asked) == before
+
+
+def test_parameters_that_nobody_asks_for_are_refused(config, tmp_path):
+    for wrong in ({"model_params": {"step": 2}}, {"baselines": {"drafter": {"step": 2}}}):
+        with pytest.raises(UserError, match=r": step is nothing that (threshold_verifier|drafter alone) asks for"):
+            driver.evaluate(replace(config, **wrong), Table(), {"word_problems": some(1)}, tmp_path, "")
 
 
 def test_a_folder_holds_one_run(config, tmp_path, monkeypatch):

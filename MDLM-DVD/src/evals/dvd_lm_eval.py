@@ -199,6 +199,7 @@ class Swap:
     def __init__(self, pair: Pair, device: torch.device):
         self.device, self.brokers = device, [pair.verifier, pair.drafter, *pair.alone.values()]
         for broker in self.brokers:
+            stay(broker.model_state["model"], device)
             if broker.network is not None:
                 broker.network.runtime = Runtime(fast=False, graphs=False)
             for name in ("logits", "logits_of_states", "generate"):
@@ -219,3 +220,8 @@ class Swap:
             return call(*arguments, **keywords)
 
         return brought
+
+
+def stay(model: Any, device: torch.device) -> None:
+    """``model`` says that it is on ``device`` while it waits elsewhere too: algorithms put texts where it is."""
+    model.__class__ = type(type(model).__name__, (type(model),), {"device": property(lambda self: device)})

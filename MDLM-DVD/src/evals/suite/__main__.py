@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     registry.algorithm(config.algorithm)
     for name in (config.drafter, config.verifier):
         registry.model(name)
-    found = {
-        name: problems.load(name, data.limit, run_unsafe_code=asked.confirm_run_unsafe_code)
-        for name, data in config.datasets.items()
-    }
+    for name in config.datasets:
+        problems.check(name, asked.confirm_run_unsafe_code)
     pair = Pair(registry, config.drafter, config.verifier, device=config.device, dtype=config.dtype)
+    how = {"run_unsafe_code": asked.confirm_run_unsafe_code}
+    found = {name: problems.load(name, data.limit, **how) for name, data in config.datasets.items()}
     command = shlex.join(["python", "-m", "mdlm_dvd.src.evals.suite", *argv])
     results = evaluate(config, pair, found, folder, command)
     print((folder / "README.md").read_text(encoding="utf-8"))

@@ -64,14 +64,19 @@ def tasks_folder() -> Path:
     return Path(importlib.util.find_spec("eval").submodule_search_locations[0]) / "tasks"
 
 
-def load(name: str, limit: int | None = None, *, run_unsafe_code: bool = False) -> list[Problem]:
-    """All problems of a data set, or the first ``limit``. ``run_unsafe_code``: may programs that a model wrote be run, as ``functions`` asks for?"""
+def check(name: str, run_unsafe_code: bool) -> None:
+    """Raise `UserError` for a data set there is not, and for one that runs programs which a model wrote, unless they may be."""
     if name not in NAMES:
         raise unknown_name("data set", name, NAMES)
     if name == "functions" and not run_unsafe_code:
         raise UserError(
             "data set 'functions' runs model-written code. Allowed: --confirm_run_unsafe_code, other data sets"
         )
+
+
+def load(name: str, limit: int | None = None, *, run_unsafe_code: bool = False) -> list[Problem]:
+    """All problems of a data set, or the first ``limit``. ``run_unsafe_code``: see `check`."""
+    check(name, run_unsafe_code)
     rows = _offline(name) if name in OFFLINE else _public(name)
     return [problem for problem, _ in zip(rows, range(limit), strict=False)] if limit is not None else list(rows)
 
