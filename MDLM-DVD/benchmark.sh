@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One run of scripts/run_evals.py. Every variable can be set from outside; the published run is
-#   ALGORITHM=top_k_intersection DRAFTER=llada_8b_instruct VERIFIER=llada_8b_instruct TASKS=gsm8k LIMIT=24 STEPS=64 GEN_LENGTH=256 BATCH_SIZE=8 bash benchmark.sh
+#   ALGORITHM=top_k_intersection DRAFTER=llada_8b_instruct VERIFIER=llada_8b_instruct TASKS=gsm8k LIMIT=24 \
+#   STEPS=64 GEN_LENGTH=256 BATCH_SIZE=8 bash benchmark.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -24,6 +24,7 @@ from mdlm_dvd.src.evals.suite import __main__ as suite
 from mdlm_dvd.src.evals.suite.decoders import Decoded, Method, Pair
 from mdlm_dvd.src.registry import ModelRegistry
 from shared.errors import UserError, run_main
+from tests.shared.test_rooms import imported
 
 FOLDER = Path(mdlm_dvd.__file__).parent
 MODELS = ["--drafter", "tiny_drafter", "--verifier", "tiny_verifier"]
@@ -166,6 +167,16 @@ def test_a_text_does_not_depend_on_its_neighbours(pair):
     assert texts[0] == texts[1]
 
 
+def test_a_prompt_that_leaves_no_room_is_refused(pair):
+    lm = DVD_LM(pair, "llada", gen_length=32, steps=1)
+    with pytest.raises(
+        UserError, match=r"a prompt has \d+ tokens and its answer 32. Allowed with 'tiny_drafter': 2048 in all"
+    ):
+        generate_for(lm, "toys " * 2040, {"until": []})
+    with pytest.raises(UserError, match=r"Allowed with 'tiny_verifier': 2048 in all"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("toys " * 2048, " are"), 0)], disable_tqdm=True)
+
+
 def test_a_users_algorithm_need_not_know_of_stop_strings(pair):
     def run_step(drafter, verifier, prompts, step_idx, total_steps, algo_state, gen_length):
         results = [{"text": f"{p} stop here", "tokens": [1, 2], "prompt": p} for p in prompts]
@@ -204,6 +215,17 @@ def test_a_score_costs_so_many_forwards(pair):
 
 def test_the_ratio_of_costs_is_measured(pair):
     assert 0 < cost_ratio(pair, 16) < 2
+
+
+def test_texts_are_the_same_with_one_model_at_a_time(pair):
+    own = Pair(pair.registry, "tiny_drafter", "tiny_verifier", device="cpu")
+    for algorithm in ("threshold_verifier", "cascade", "dual"):
+        lms = [
+            DVD_LM(p, algorithm, gen_length=16, steps=4, swap=s)
+            for p, s in ((pair, None), (own, Swap(own, torch.device("cpu"))))
+        ]
+        assert generate_for(lms[0], PROBLEM, {"until": []}) == generate_for(lms[1], PROBLEM, {"until": []})
+    assert own.verifier.model_state["model"].device == torch.device("cpu")
 
 
 def test_one_model_at_a_time_is_on_the_device():
@@ -516,6 +538,13 @@ def test_the_suite_runs_to_its_end(tmp_path, monkeypatch, capsys):
     suite.main(argv)
     assert json.loads((tmp_path / "out" / "full_evaluation_results.json").read_text())["all_runs"] == found["all_runs"]
     assert "3 runs in" in capsys.readouterr().out
+
+
+def test_only_evaluation_imports_eval():
+    files = [p for p in FOLDER.rglob("*.py") if not {"evals", "scripts"} & set(p.relative_to(FOLDER).parts)]
+    assert len(files) > 10
+    for path in files:
+        assert not {m.split(".")[0] for m in imported(path)} & {"eval", "train"}, path
 
 
 # The notebook.

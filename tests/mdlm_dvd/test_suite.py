@@ -6,17 +6,20 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 from math import exp, log
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import mdlm_dvd
 from mdlm_dvd.src.evals.suite import config as configs
 from mdlm_dvd.src.evals.suite import driver, likelihood, metrics, problems, report
 from mdlm_dvd.src.evals.suite.answers import as_choice, as_number, extract_choice, extract_number
 from mdlm_dvd.src.evals.suite.decoders import Decoded
 from mdlm_dvd.src.evals.suite.problems import Problem
 from shared.errors import UserError
+from shared.network.loading import load_tokenizer
 
 MASK = 4
 
@@ -253,6 +256,26 @@ def test_generative_perplexity_weighs_tokens():
     assert (found.tokens, found.texts) == (9, 3)
     assert found.value == pytest.approx(exp((ones * log(2) + others * log(8)) / 9))
     assert found.mean_tokens == 3
+
+
+def test_perplexity_under_a_network_of_transformers(tmp_path):
+    """A small GPT-2 with random weights, whose own loss is what a text costs it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": 1024}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path)
+    load_tokenizer(Path(mdlm_dvd.__file__).parent / "tiny" / "drafter").save_pretrained(tmp_path)
+    model, tokenizer = likelihood.load_causal(str(tmp_path), torch.device("cpu"))
+    texts = ["Tom has 68 toys.", "Count from 128 to 140 in steps of 4."]
+    found = likelihood.generative_perplexity(model, tokenizer, texts)
+    nats = tokens = 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        tokens += ids.shape[1] - 1
+        nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert found.tokens == tokens
+    assert found.value == pytest.approx(exp(nats / tokens), rel=1e-4)
 
 
 def test_a_causal_network_that_is_not_there_is_one_line(tmp_path):

@@ -70,6 +70,9 @@ class Method:
         found = []
         for at in range(0, len(prompts), batch_size):
             part = list(prompts[at : at + batch_size])
+            for broker in (self.drafter, self.verifier):
+                for prompt in part:
+                    check_room(broker, broker.prompt_ids(prompt), params.get("gen_length", 0))
             numbers = range(first + at, first + at + len(part))
             seed_everything(seed, numbers[0])
             call = Call(requests=numbers, seed=seed, stop=stop, tokenizer=self.verifier.tokenizer)
@@ -143,6 +146,15 @@ class Pair:
         return Scorer(self.alone[role], self.device)
 
 
+def check_room(broker: ModelBroker, prompt: Sequence[int], length: int) -> None:
+    """Raise `UserError` where a prompt and an answer of ``length`` tokens have more than the model's positions."""
+    limit = getattr(getattr(broker.model_state["model"], "config", None), "max_position_embeddings", None)
+    if limit is not None and len(prompt) + length > limit:
+        raise UserError(
+            f"a prompt has {len(prompt)} tokens and its answer {length}. Allowed with {broker.name!r}: {limit} in all"
+        )
+
+
 def parameters_of(broker: ModelBroker) -> int:
     """The parameters of a broker's model."""
     of: Callable = getattr(broker.model_state["model"], "parameters", tuple)
@@ -167,9 +179,7 @@ class Scorer:
     def logits_of(self, prompt: str | list[int], length: int) -> LogitsOf:
         """Logits of states ``[m, length]`` of the answer behind ``prompt``: a text, which gets its template, or ids."""
         ids = self.broker.prompt_ids(prompt) if isinstance(prompt, str) else prompt
-        limit = getattr(getattr(self.broker.model_state["model"], "config", None), "max_position_embeddings", None)
-        if limit is not None and len(ids) + length > limit:
-            raise UserError(f"a prompt and its answer have {len(ids)} and {length} tokens. Allowed: {limit} in all")
+        check_room(self.broker, ids, length)
         texts = Texts([ids], Ask(gen_length=length, mask_id=self.mask_id, device=self.device))
 
         def logits_of(states: torch.Tensor) -> torch.Tensor:
