@@ -117,11 +117,16 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return drawn
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--results_dir", default="eval_results", help="where run_evals.py wrote")
     made.add_argument("--output_dir", help="default: plots in results_dir")
-    asked = made.parse_args(argv)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = parser().parse_args(argv)
     source = Path(asked.results_dir)
     folder = Path(asked.output_dir or source / "plots")
     rows, others = read(source)

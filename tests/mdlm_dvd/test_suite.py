@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import exp, log
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -358,6 +359,21 @@ def test_shipped_configurations_say_what_they_are_for():
     assert all(c.datasets[d].limit is None for n in ("default", "full_suite") for c in [found[n]] for d in c.datasets)
     assert found["full_suite"].metrics.robustness.prompts
     assert {n: c.experiment_name for n, c in found.items()} == {n: n for n in found}
+
+
+def test_every_key_is_explained():
+    page = (Path(mdlm_dvd.__file__).parent / "EVALUATION.md").read_text(encoding="utf-8")
+    for kind in (configs.Config, configs.Metrics):
+        for f in fields(kind):
+            assert f"`{f.name}`" in page, f.name
+    metrics_of = get_type_hints(configs.Metrics)
+    for name, kind in metrics_of.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `metrics` `{name}`")]
+        inner = kind if is_dataclass(kind) else get_args(kind)[0]
+        for f in fields(inner):
+            assert f"`{f.name}`" in row, f"{name}: {f.name}"
+    for shipped in configs.SHIPPED.glob("*.json"):
+        assert f"`{shipped.stem}`" in page
 
 
 # Whole runs.
