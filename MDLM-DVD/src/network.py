@@ -55,65 +55,65 @@ class Network:
         logits predicts region position ``j``."""
         lengths = [texts.lengths[i] + texts.gen_length for i in rows]
         ids = texts.with_region(rows, region)[:, : max(lengths)]
+        places, end = _places(ids), torch.tensor(lengths, device=ids.device)[:, None]
         if hide_prompt:
-            prompt = torch.arange(ids.shape[1], device=ids.device) < texts.canvas.prompt_length[texts.index(rows)][:, None]
-            ids = ids.masked_fill(prompt, texts.mask_id)
-        logits = self._pass(texts, rows, ids, None, lengths, texts.positions(rows))
-        spent = [Spent(1, n, texts.gen_length, 0, n * n) for n in lengths]
-        return logits, spent
+            ids = ids.masked_fill(places < texts.canvas.prompt_length[texts.index(rows)][:, None], texts.mask_id)
+        logits = self._alone(ids, places, self._mask(texts, rows, places, end), self._rows_of(texts.positions(rows)))
+        return logits, [Spent(1, n, texts.gen_length, 0, n * n) for n in lengths]
 
     def queried(self, texts: Texts, rows: Sequence[int], region: Tensor):
         """The same from masks beside the text, one for each place of the region: it sees itself and all of the text that its place may see, but for the token
         that stands there. (What other tokens have seen of that one still reaches it.)"""
         lengths = [texts.lengths[i] + texts.gen_length for i in rows]
-        width, here = max(lengths), texts.positions(rows)
-        ids = texts.with_region(rows, region)[:, :width]
-        layout = torch.cat([ids, torch.full_like(region, texts.mask_id)], 1)
-        places = torch.arange(width, device=ids.device).expand_as(ids)
+        ids, here = texts.with_region(rows, region)[:, : max(lengths)], texts.positions(rows)
+        places = _places(ids)
         seen = self._mask(texts, rows, places, torch.tensor(lengths, device=ids.device)[:, None])
-        asks = seen.gather(1, here[..., None].expand(-1, -1, width)) & (places[:, None] != here[..., None])
-        itself = torch.eye(here.shape[1], dtype=torch.bool, device=ids.device).expand(len(rows), -1, -1)
-        mask = torch.cat([seen, torch.zeros_like(asks.transpose(1, 2))], 2)
-        mask = torch.cat([mask, torch.cat([asks, itself], 2)], 1)
-        positions = torch.cat([places, here], 1)
-        logits = self.model(layout, positions, None, mask, logits_at=slice(width, None))
-        asked = texts.gen_length
-        return logits, [Spent(1, n + asked, asked, 0, n * n + asked * (n + 1)) for n in lengths]
+        asks = seen.gather(1, here[..., None].expand(-1, -1, ids.shape[1])) & (places[:, None] != here[..., None])
+        return self._beside(texts, ids, places, here, seen, asks, lengths)
 
     def ordered(self, texts: Texts, rows: Sequence[int], region: Tensor):
         """The same at block size one: the mask beside place ``j`` sees the prompt and what stands in the region before ``j``, whose tokens see each other from
         left to right as well. So row ``j`` is what the network writes next after the first ``j`` tokens of ``region``, for all ``j`` in one pass. (A
         network that predicts the next token needs no masks.)"""
         lengths = [texts.lengths[i] + texts.gen_length for i in rows]
-        width, here = max(lengths), texts.positions(rows)
-        ids = texts.with_region(rows, region)[:, :width]
-        places = torch.arange(width, device=ids.device).expand_as(ids)
+        ids, here = texts.with_region(rows, region)[:, : max(lengths)], texts.positions(rows)
+        places = _places(ids)
         # Where blocks are counted from its end, the prompt sees itself whole; else it is token-causal too.
         place = (places - here[:, :1]).clamp(min=-1) if self.from_prompt else places - here[:, :1]
         seen = place[:, None] <= place[:, :, None]
         if self.predicts_next:
-            logits = self.model(ids, places, None, seen, logits_at=here - 1)
+            logits = self._alone(ids, places, seen, self._rows_of(here))
             return logits, [Spent(1, n, texts.gen_length, 0, n * n) for n in lengths]
-        layout = torch.cat([ids, torch.full_like(region, texts.mask_id)], 1)
         asks = place[:, None] < torch.arange(here.shape[1], device=ids.device)[:, None]
-        itself = torch.eye(here.shape[1], dtype=torch.bool, device=ids.device).expand(len(rows), -1, -1)
-        mask = torch.cat([seen, torch.zeros_like(asks.transpose(1, 2))], 2)
-        mask = torch.cat([mask, torch.cat([asks, itself], 2)], 1)
-        logits = self.model(layout, torch.cat([places, here], 1), None, mask, logits_at=slice(width, None))
-        asked = texts.gen_length
+        return self._beside(texts, ids, places, here, seen, asks, lengths)
+
+    def _beside(self, texts: Texts, ids: Tensor, places: Tensor, here: Tensor, seen: Tensor, asks: Tensor, lengths: list[int]):
+        """A pass over ``[ids [b, T] | a mask for each place here [b, G]]``: tokens see each other by ``seen [b, T, T]``, a mask sees itself and, by
+        ``asks [b, G, T]``, tokens."""
+        masks = torch.full_like(here, texts.mask_id)
+        itself = torch.eye(here.shape[1], dtype=torch.bool, device=ids.device).expand(len(ids), -1, -1)
+        top = torch.cat([seen, torch.zeros_like(asks.transpose(1, 2))], 2)
+        mask = torch.cat([top, torch.cat([asks, itself], 2)], 1)
+        asked, width = here.shape[1], ids.shape[1]
+        at = (width + torch.arange(asked, device=ids.device)).expand(len(ids), -1)
+        logits = self._alone(torch.cat([ids, masks], 1), torch.cat([places, here], 1), mask, at)
         return logits, [Spent(1, n + asked, asked, 0, n * n + asked * (n + 1)) for n in lengths]
 
     def cached(self, texts: Texts, rows: Sequence[int], region: Tensor):
-        """The same logits where a position is masked, with a forward over what is not finished only. Finished blocks of the canvas are kept."""
+        """The logits of `whole` where a position is masked, with a forward over what is not finished only. Finished blocks of the canvas are kept."""
         self._open(texts)
         finished = self._finished(texts, rows)
         held = [self.held[i] for i in rows]
         lengths = [texts.lengths[i] + texts.gen_length for i in rows]
-        width = max(n - h for n, h in zip(lengths, held, strict=True))
-        before = torch.tensor(held, device=self.device)[:, None]
+        width = self._wide(max(n - h for n, h in zip(lengths, held, strict=True)))
+        before, end = (torch.tensor(numbers, device=self.device)[:, None] for numbers in (held, lengths))
         ids = texts.with_region(rows, region)
-        at = (before + torch.arange(width, device=self.device)).clamp(max=ids.shape[1] - 1)
-        logits = self._pass(texts, rows, ids.gather(1, at), held, lengths, texts.positions(rows) - before)
+        places = before + torch.arange(width, device=self.device)
+        mask = self._mask(texts, rows, places, end)
+        window = self.engine.cache.window(width, rows)
+        given = ids.gather(1, places.clamp(max=ids.shape[1] - 1)), self._within(places)
+        at = (self._rows_of(texts.positions(rows)) - before).clamp(0, width - 1)
+        logits = self.engine.forward(*given, window, mask, logits_at=at)
         self.engine.cache.commit([f - h for f, h in zip(finished, held, strict=True)], rows)
         for i, count in zip(rows, finished, strict=True):
             self.held[i] = count
@@ -128,9 +128,10 @@ class Network:
                 self.held[i] = length
 
     def _open(self, texts: Texts) -> None:
+        """Begin with an empty cache where the texts are others than before."""
         if self.texts is not texts:
             self.texts, self.held = texts, [0] * len(texts)
-            self._engine(len(texts), 2 * texts.canvas.tokens.shape[1] + WIDTH_STEP, ())
+            self.engine = Engine.of(self.model, len(texts), 2 * texts.canvas.tokens.shape[1] + WIDTH_STEP, (), self.runtime)
 
     def _finished(self, texts: Texts, rows: Sequence[int]) -> list[int]:
         """How many tokens of each text lie in blocks that are decided: whole ones, and before the region nothing is masked."""
@@ -154,27 +155,43 @@ class Network:
         block = self._block_of(texts, rows, positions).masked_fill(positions >= end, 1 << 30)
         return block[:, None] <= block[:, :, None]
 
-    def _pass(
-        self, texts: Texts, rows: Sequence[int], ids: Tensor, held: list[int] | None, lengths: list[int], at: Tensor
-    ) -> Tensor:
-        """Logits ``[b, G, V]`` of the tokens ``ids [b, T]`` behind the ``held`` ones of each row (None: by themselves), at the columns ``at [b, G]``."""
-        count, limit = ids.shape[1], self.model.config.max_position_embeddings
-        if on_gpu := self.device.type == "cuda":
-            count = -(-count // WIDTH_STEP) * WIDTH_STEP
-            ids = torch.nn.functional.pad(ids, (0, count - ids.shape[1]), value=texts.mask_id)
-        before = torch.tensor(held or [0] * len(rows), device=ids.device)[:, None]
-        positions = before + torch.arange(count, device=ids.device)
-        end = torch.tensor(lengths, device=ids.device)[:, None]
-        mask = self._mask(texts, rows, positions, end)
-        at = (at - int(self.predicts_next)).clamp(0, count - 1)
-        positions = positions.clamp(max=limit - 1)
-        if held is None and (not on_gpu or self.texts is texts):
-            return self.model(ids, positions, None, mask, logits_at=at)
-        if held is None:
-            kind = Shape(1, count, picks=at.shape[1])
-            self._engine(len(texts), texts.canvas.tokens.shape[1] + WIDTH_STEP, (kind,))
-        window = self.engine.cache.window(count, rows)
-        return self.engine.forward(ids, positions, window, mask, logits_at=at)
+    def _rows_of(self, places: Tensor) -> Tensor:
+        """The rows of the logits that predict the tokens at ``places``."""
+        return (places - int(self.predicts_next)).clamp(min=0)
 
-    def _engine(self, rows: int, slots: int, kinds: tuple[Shape, ...]) -> None:
-        self.engine = Engine.of(self.model, rows, slots, kinds, self.runtime)
+    def _within(self, places: Tensor) -> Tensor:
+        """``places`` that the network has: padding may lie past them."""
+        return places.clamp(max=self.model.config.max_position_embeddings - 1)
+
+    def _wide(self, count: int) -> int:
+        """How many tokens a pass over ``count`` has: on a GPU a multiple of `WIDTH_STEP`."""
+        return -(-count // WIDTH_STEP) * WIDTH_STEP if self.device.type == "cuda" else count
+
+    def _alone(self, ids: Tensor, places: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        """Logits ``[b, G, V]`` at the columns ``at [b, G]`` of a pass over the tokens ``ids [b, T]`` at ``places [b, T]``, which see each other by ``mask
+        [b, T, T]`` and nothing else."""
+        if self.device.type != "cuda":
+            return self.model(ids, places, None, mask, logits_at=at)
+        more = self._wide(ids.shape[1]) - ids.shape[1]
+        ids, places = (torch.nn.functional.pad(x, (0, more)) for x in (ids, places))
+        mask = torch.nn.functional.pad(mask, (0, more, 0, more))
+        mask = mask | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # padding sees itself
+        engine = self._whole_engine(len(ids), ids.shape[1], at.shape[1])
+        return engine.forward(ids, places, engine.cache.window(ids.shape[1], range(len(ids))), mask, logits_at=at)
+
+    def _whole_engine(self, rows: int, tokens: int, picks: int) -> Engine:
+        """The engine of passes without a cache, whose rows hold a pass and are never committed. The model keeps it, beside that of cached passes."""
+        last, kind = getattr(self.model, "whole_engine", None), Shape(1, tokens, picks=picks)
+        if last is not None and last.serves(rows, tokens, (kind,), self.runtime):
+            return last
+        kinds = {kind} if last is None else {kind, *last.kinds}
+        if last is not None:
+            rows, tokens = max(rows, len(last.cache.lengths)), max(tokens, last.cache.slots)
+            last.close()
+        self.model.whole_engine = Engine(self.model, rows, tokens, tuple(kinds), self.runtime)
+        return self.model.whole_engine
+
+
+def _places(ids: Tensor) -> Tensor:
+    """``[b, T]``: 0, 1, ... for each of ``ids [b, T]``."""
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
