@@ -167,6 +167,16 @@ def test_a_text_does_not_depend_on_its_neighbours(pair):
     assert texts[0] == texts[1]
 
 
+def test_random_draws_belong_to_the_number_of_the_prompt(pair):
+    """Whatever batch it is in, so that a run that goes on draws as one that never stopped."""
+    params = {"gen_length": 16, "steps": 8, "temperature": 3.0}
+    method, prompts = pair.method("llada"), [PROBLEM] * 3
+    texts = [d.text for d in method.decode(prompts, params, batch_size=3, seed=5)]
+    assert len(set(texts)) == 3
+    assert [method.decode(prompts[:1], params, first=k, seed=5)[0].text for k in range(3)] == texts
+    assert method.decode(prompts[:1], params, seed=6)[0].text != texts[0]
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(pair):
     lm = DVD_LM(pair, "llada", gen_length=32, steps=1)
     with pytest.raises(

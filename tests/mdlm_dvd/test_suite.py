@@ -153,6 +153,7 @@ def test_self_bleu_is_high_where_samples_are_alike():
     assert metrics.self_bleu(same) == pytest.approx(100)
     assert metrics.self_bleu(others) < 15
     assert metrics.self_bleu(["one"]) is None
+    assert metrics.self_bleu(["two words"] * 2) == pytest.approx(100), "short texts have no runs of four words"
 
 
 def test_peak_memory_is_counted_anew():
