@@ -1,10 +1,6 @@
 """LLaDA2: block diffusion on a mixture of experts."""
 
-from transformers import AutoConfig
-
 from llada2.configuration_llada2_moe import LLaDA2MoeConfig
 from llada2.modeling_llada2_moe import LLaDA2MoeModelLM
-
-AutoConfig.register("llada2_moe", LLaDA2MoeConfig, exist_ok=True)
 
 __all__ = ["LLaDA2MoeConfig", "LLaDA2MoeModelLM"]

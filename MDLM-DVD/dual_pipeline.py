@@ -14,7 +14,7 @@ from mdlm_dvd.src.model import ModelBroker
 from mdlm_dvd.src.network import Network
 from mdlm_dvd.src.registry import Algorithm
 from mdlm_dvd.src.runtime import run
-from mdlm_dvd.verification_algos import PUBLISHED_VERIFICATION, trust_verifier
+from mdlm_dvd.verification_algos import trust_verifier
 from shared.errors import UserError
 from shared.network.decoder import DecoderModel
 
@@ -55,9 +55,6 @@ def dual_diffusion_generate(
     )
     system = SYSTEM if kwargs.pop("system", False) else None
     brokers = [_broker(*pair, system, kwargs) for pair in pairs]
-    name = rule.__name__ if rule.__name__ in PUBLISHED_VERIFICATION else None
-    if name is None:
-        raise UserError(f"verification_fn is {rule.__name__!r}. Allowed: {', '.join(PUBLISHED_VERIFICATION)}")
     remasked: list[int] = []
     counts = {"iterations": 0, "drafter_nfe": 0, "verifier_nfe": 0}
 
@@ -68,7 +65,7 @@ def dual_diffusion_generate(
 
     (result,) = run(
         *brokers, Algorithm("dual", dual.run_step), [query], gen_length=max_new_tokens, listen=listen,
-        verification=name, num_drafter_steps=num_drafter_steps, num_verifier_steps=num_verifier_steps,
+        verification=rule, num_drafter_steps=num_drafter_steps, num_verifier_steps=num_verifier_steps,
         max_iterations=max_iterations, remask_threshold=remask_threshold, **kwargs,
     )  # fmt: skip
     return {
@@ -84,7 +81,13 @@ def dual_diffusion_generate(
 
 
 def _broker(
-    role: str, model: Any, tokenizer: Any, mask_id: int | None, function: Callable | None, system: str | None, kwargs: dict
+    role: str,
+    model: Any,
+    tokenizer: Any,
+    mask_id: int | None,
+    function: Callable | None,
+    system: str | None,
+    kwargs: dict,
 ) -> ModelBroker:
     """A role's model behind a broker: asked itself where it is ours, else by its function."""
     state = {"model": model, "tokenizer": tokenizer, **template(tokenizer, "auto")}
@@ -101,7 +104,7 @@ def _broker(
 
     def tokenize(prompt, state):
         turns = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-        if function is None and system is None or tokenizer.chat_template is None:
+        if (function is None and system is None) or tokenizer.chat_template is None:
             return tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         state["template_prefix_ids"] = state["template_suffix_ids"] = torch.tensor([], dtype=torch.long)

@@ -43,7 +43,7 @@ FAMILY = Family(
     name="MDLM-DVD",
     package="mdlm_dvd",
     networks={
-        "model": Network("shared.network.llada:LLaDAModelLM", "llada", "mdlm_dvd.likelihood:monte_carlo_scores"),
+        "model": Network("shared.network.llada:LLaDAModelLM", "llada", "shared.network.scoring:whole_prompt_scores"),
         "drafter": Network("shared.network.llada:LLaDAModelLM", "llada"),
     },
     decoders={

@@ -95,7 +95,10 @@ class ThresholdOptions(StepOptions):
 class Draft(Group):
     draft_steps: int = option(1, "forwards of the drafter a round", low=0)
     draft_threshold: float = option(
-        0.0, "each takes every prediction above this probability in the first open block, the likeliest at least", low=0.0, high=1.0
+        0.0,
+        "each takes every prediction above this probability in the first open block, the likeliest at least",
+        low=0.0,
+        high=1.0,
     )
     draft_cache: bool = option(True, "a drafter that attends block by block keeps what is finished in a cache")
 
@@ -147,7 +150,9 @@ class ExactUnmask(Unmask):
         check(self)
         if self.confidence_threshold is not None or self.remasking == "random":
             name = "remasking" if self.confidence_threshold is None else "confidence_threshold"
-            raise UserError(f"{name} is {getattr(self, name)}. Allowed with verify_exact: a decode in fixed steps, by confidence")
+            raise UserError(
+                f"{name} is {getattr(self, name)}. Allowed with verify_exact: a decode in fixed steps, by confidence"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib.util import LazyLoader, find_spec, module_from_spec
 from math import comb
+from types import ModuleType
 
 from shared.scripts import sandbox
 
@@ -35,9 +38,20 @@ def pass_at(samples: int, right: int, k: int) -> float:
 
 def install() -> None:
     """``evaluate.load("code_eval")`` gives ours from now on; every other metric comes from where it came."""
-    import evaluate
+    imported_when_used("evaluate").load = load
 
-    load = evaluate.load
-    if not getattr(load, "ours", False):
-        evaluate.load = lambda path, *args, **kwargs: CodeEval() if path == "code_eval" else load(path, *args, **kwargs)
-        evaluate.load.ours = True
+
+def load(path: str, *arguments, **keywords):
+    from evaluate.loading import load as published
+
+    return CodeEval() if path == "code_eval" else published(path, *arguments, **keywords)
+
+
+def imported_when_used(name: str) -> ModuleType:
+    """The module, run only once something is read from it: `evaluate` takes seconds, and few tasks need it."""
+    if name not in sys.modules:
+        spec = find_spec(name)
+        spec.loader = LazyLoader(spec.loader)
+        module = sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]

@@ -21,7 +21,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from eval.cells import TASKS
 from shared.errors import Parser, run_main
 from shared.family import default_family, family_named
 
@@ -32,7 +31,7 @@ KEPT = (
     "higher_is_better",
 )  # of lm-eval's results file: what does not tell the time
 _NOT_KEPT = ("seconds_in_flight", "lossless", "lossless_reason", "lossless_relative_to")  # of what it says of decoding
-_PRELOADED = ["eval.model", "evaluate", "lm_eval.evaluator", "lm_eval._cli", "datasets"]
+_PRELOADED = ["eval.model", "lm_eval.evaluator", "lm_eval._cli", "datasets"]
 
 
 def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[str]:
@@ -44,13 +43,8 @@ def command(task: str, limit: int, folder: Path, device: str = "cpu") -> list[st
 
 
 def run_cli(flags: list[str], log: str | None = None) -> None:
-    """`python -m eval` in this process; ``log`` takes what it prints.
-
-    Without two things that take seconds and have no part in this: lm-eval's index of all public tasks, and its
-    questions to pip.
-    """
+    """`python -m eval` in this process, without lm-eval's slow questions to pip; ``log`` takes what it prints."""
     import lm_eval.evaluator
-    from lm_eval.tasks import TaskManager
 
     from eval.__main__ import main
 
@@ -59,8 +53,6 @@ def run_cli(flags: list[str], log: str | None = None) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
     sys.argv = ["eval", "run", *flags]
-    known = TaskManager.__init__
-    TaskManager.__init__ = lambda self, *a, **k: known(self, include_path=str(TASKS), include_defaults=False)
     lm_eval.evaluator.add_env_info = lambda results: None
     main()
 

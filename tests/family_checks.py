@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,16 +70,27 @@ def check_equals_reference(family: Family, decoder: str, flat: dict, prompts: li
         assert next(numbers) == pytest.approx(float(rest)), "uniforms consumed"
 
 
-def check_batch_equals_alone(family: Family, decoder: str, flat: dict, prompts: list[list[int]], rows: int) -> None:
-    """Rows of a batch, whatever joins or leaves beside them, get the tokens and the trace they get alone."""
-    together = family.run(decoder, prompts, flat, batch_size=rows, seed=3)
-    for k, prompt in enumerate(prompts):
-        (alone,) = family.run(decoder, [prompt], flat, requests=[k], seed=3).completions
-        assert together.completions[k].tokens == alone.tokens, f"text {k}"
-        assert together.completions[k].trace.order() == alone.trace.order()
-        assert together.completions[k].trace.edits == alone.trace.edits
-        assert together.completions[k].trace.forwards == alone.trace.forwards
-    assert sum(together.batch_forwards.values()) < sum(together.forwards.values()) or rows == 1
+def check_batch_equals_alone(
+    family: Family, decoder: str, flat: dict, prompts: list[list[int]], *rows: int, texts: Iterable[int] | None = None
+) -> None:
+    """In a batch of so many ``rows``, or several, whatever joins or leaves beside it, a text gets the tokens and the trace it gets alone.
+
+    ``texts``: which are compared, all by default. Only the first batch holds the others too.
+    """
+    texts = list(range(len(prompts)) if texts is None else texts)
+    whole = family.run(decoder, prompts, flat, batch_size=rows[0], seed=3)
+    batches = [{k: whole.completions[k] for k in texts}]
+    for size in rows[1:]:
+        part = family.run(decoder, [prompts[k] for k in texts], flat, requests=texts, batch_size=size, seed=3)
+        batches.append(dict(zip(texts, part.completions, strict=True)))
+    for k in texts:
+        (alone,) = family.run(decoder, [prompts[k]], flat, requests=[k], seed=3).completions
+        for together in batches:
+            assert together[k].tokens == alone.tokens, f"text {k}"
+            assert together[k].trace.order() == alone.trace.order()
+            assert together[k].trace.edits == alone.trace.edits
+            assert together[k].trace.forwards == alone.trace.forwards
+    assert sum(whole.batch_forwards.values()) < sum(whole.forwards.values()) or rows[0] == 1
 
 
 def check_graphs_change_nothing(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ from mdlm_dvd.scripts import plot_metrics, run_evals
 from mdlm_dvd.src.evals.suite.__main__ import parser as suite_parser
 from sdar import generate, generate_ssd_policy
 from shared.scripts.cli import choose_script, parse
+from tests import programs
 from train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
@@ -141,8 +141,7 @@ def test_command(folder, command, tmp_path):
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=env)
+    done = programs.run(words, folder)
     assert done.returncode == 0, done.stderr
     return done
 

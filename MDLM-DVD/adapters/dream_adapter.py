@@ -11,7 +11,9 @@ from mdlm_dvd.adapters.llada_adapter import llada_generate, llada_tokenize, stat
 dream_tokenize = llada_tokenize
 
 
-def load_dream_model(model_id: str, device: str = "auto", dtype: str = "auto", chat: str | bool = "auto") -> dict[str, Any]:
+def load_dream_model(
+    model_id: str, device: str = "auto", dtype: str = "auto", chat: str | bool = "auto"
+) -> dict[str, Any]:
     """As `mdlm_dvd.adapters.llada_adapter.load_llada_model`."""
     from shared.network.dream import DreamModel
 
@@ -29,7 +31,9 @@ class _Unshifted:
         return torch.cat([logits[:, :1], logits[:, :-1]], 1)[:, logits_at]
 
 
-def dream_generate(tensors, state, initialize=False, gen_length=None, mask_id=151666, prompt_len=None) -> dict[str, Any]:
+def dream_generate(
+    tensors, state, initialize=False, gen_length=None, mask_id=151666, prompt_len=None
+) -> dict[str, Any]:
     """As `mdlm_dvd.adapters.llada_adapter.llada_generate`."""
     unshifted = {**state, "model": _Unshifted(state["model"])}
     return llada_generate(tensors, unshifted, initialize, gen_length, mask_id, prompt_len)

@@ -36,11 +36,15 @@ def load_family_model(
     model = load_models(found, checkpoints, dtype=dtype, device=device)[found.first]
     tokenizer = load_tokenizer(checkpoints[found.first])
     config = model.config
-    length = block_length or getattr(config, "block_size", None) or getattr(config, "bd_size", None) or found.block_length
+    length = (
+        block_length or getattr(config, "block_size", None) or getattr(config, "bd_size", None) or found.block_length
+    )
     network = Network(model, length, from_prompt=family == "D2F", leave_out=True, next_token=family == "Fast-dLLM-v2")
     return {"model": model, "tokenizer": tokenizer, "network": network, **template(tokenizer, chat)}
 
 
 def family_generate(tensors, state, **_) -> dict[str, Any]:
     """Not used by the loop here, which asks the network itself; of the published form there is none for such a model."""
-    raise UserError("a model of another family decodes with this repository's algorithms only. Allowed: cascade, topk_sets, llada, threshold_verifier, ...")
+    raise UserError(
+        "a model of another family decodes with this repository's algorithms only. Allowed: cascade, topk_sets, llada, threshold_verifier, ..."
+    )

@@ -19,7 +19,12 @@ PLACEHOLDER = "{the prompt}"
 
 
 def load_llada_model(
-    model_id: str, device: str = "auto", dtype: str = "auto", chat: str | bool = "auto", cache: bool = True, runtime=None
+    model_id: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat: str | bool = "auto",
+    cache: bool = True,
+    runtime=None,
 ) -> dict[str, Any]:
     """``{model, tokenizer, template_prefix_ids, template_suffix_ids, network}``. ``chat``: is the prompt put into the tokenizer's chat template (``auto``: where
     there is one)? A network whose config names a ``block_size`` attends block by block, so that its ``cache`` may keep what is finished."""
@@ -46,7 +51,9 @@ def template(tokenizer: Any, chat: str | bool = "auto") -> dict[str, Tensor]:
         begin = tokenizer.bos_token_id
         return {"template_prefix_ids": _ids([] if begin is None else [begin]), "template_suffix_ids": _ids([])}
     turn = [{"role": "user", "content": PLACEHOLDER}]
-    before, _, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(PLACEHOLDER)
+    before, _, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(
+        PLACEHOLDER
+    )
     parts = [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
     return {"template_prefix_ids": _ids(parts[0]), "template_suffix_ids": _ids(parts[1])}
 
@@ -95,7 +102,10 @@ def llada_generate(
         if gen_length is None:
             raise UserError("neither gen_length nor prompt_len is given. Allowed: one of them")
         prompt_len = content.shape[1] - gen_length
-    prefix, suffix = (state[k].to(content) if k in state else content.new_zeros(0) for k in ("template_prefix_ids", "template_suffix_ids"))
+    prefix, suffix = (
+        state[k].to(content) if k in state else content.new_zeros(0)
+        for k in ("template_prefix_ids", "template_suffix_ids")
+    )
     rows = [
         torch.cat([prefix, ids[:prompt_len][seen[:prompt_len]], suffix, ids[prompt_len:]])
         for ids, seen in zip(content, real, strict=True)

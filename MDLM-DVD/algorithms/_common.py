@@ -35,7 +35,6 @@ def takes(options: type[FlatOptions]) -> Callable:
         def run_step(drafter, verifier, prompts, step_idx, total_steps, algo_state, **given) -> dict:
             if "texts" not in algo_state:
                 how = {name: given.pop(name) for name in CALL if name in given}
-                given.pop("steps", None) if "steps" in given and "steps" not in options.names() else None
                 chosen = options.from_flat(given)
                 algo_state = start(drafter, verifier, prompts, chosen, **how)
             texts, chosen = algo_state["texts"], algo_state["options"]
@@ -68,12 +67,12 @@ def start(
     call: Call | None = None,
 ) -> dict[str, Any]:
     """The state of a batch: its ``texts``, and ``options`` with the checkpoint's ids filled in. Raises `UserError` for two vocabularies."""
-    if drafter.tokenizer is not None and verifier.tokenizer is not None:
-        if not same_vocabulary(drafter.tokenizer, verifier.tokenizer):
-            raise UserError(
-                f"drafter {drafter.name!r} and verifier {verifier.name!r} have different vocabularies. "
-                "Allowed: --algorithm dual, which goes through text, or models with one tokenizer"
-            )
+    tokenizers = drafter.tokenizer, verifier.tokenizer
+    if None not in tokenizers and not same_vocabulary(*tokenizers):
+        raise UserError(
+            f"drafter {drafter.name!r} and verifier {verifier.name!r} have different vocabularies. "
+            "Allowed: --algorithm dual, which goes through text, or models with one tokenizer"
+        )
     call, region, tokenizer = call or Call(), options.region, verifier.tokenizer
     mask_id, stops = special_ids(verifier, region)
     options = options.replace(**ends(options, verifier, stops))
@@ -170,7 +169,9 @@ def decode_results(broker: ModelBroker, content: Tensor, prompts: Sequence[str],
     return [{"text": t, "tokens": r, "prompt": p} for t, r, p in zip(texts, regions, prompts, strict=True)]
 
 
-def drafter_step(drafter: ModelBroker, texts: Texts, rows: Sequence[int], region: Tensor, cached: bool = False) -> Tensor:
+def drafter_step(
+    drafter: ModelBroker, texts: Texts, rows: Sequence[int], region: Tensor, cached: bool = False
+) -> Tensor:
     """The drafter's call inside a step: logits ``[b, G, V]`` of one forward over ``region``."""
     return drafter.logits(texts, rows, region, "draft", cached=cached)
 

@@ -145,10 +145,13 @@ def judging_logits(verifier, texts: Texts, rows: Sequence[int], draft: Draft, be
         beside = None if mode == "visible" else mode
         return verifier.logits(texts, rows, draft.region, "verify", beside=beside)
     group = (draft.drafted.cumsum(-1) - 1) % acceptance.verify_groups
-    most = min(acceptance.verify_groups, max(1, int(draft.drafted.sum(-1).max())))
+    passes = draft.drafted.sum(-1).clamp(1, acceptance.verify_groups).tolist()
     logits = None
-    for k in range(most):
-        hidden = draft.drafted & (group == k)
-        said = verifier.logits(texts, rows, torch.where(hidden, before, draft.region), "verify")
-        logits = said if logits is None else torch.where(hidden[..., None], said, logits)
+    for k in range(max(passes)):
+        some = [n for n, most in enumerate(passes) if most > k]
+        at = torch.tensor(some, device=before.device)
+        hidden = (draft.drafted & (group == k))[at]
+        region = torch.where(hidden, before[at], draft.region[at])
+        said = verifier.logits(texts, [rows[n] for n in some], region, "verify")
+        logits = said if logits is None else logits.index_copy(0, at, torch.where(hidden[..., None], said, logits[at]))
     return logits

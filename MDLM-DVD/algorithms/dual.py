@@ -45,16 +45,31 @@ def run_step(
     keep_later=True,
     block_length=None,
 ) -> dict:
-    """One iteration for every prompt that is not done."""
-    if verification not in PUBLISHED_VERIFICATION:
+    """One iteration for every prompt that is not done. ``verification``: a name in `PUBLISHED_VERIFICATION`, or a function of that form."""
+    if not callable(verification) and verification not in PUBLISHED_VERIFICATION:
         raise unknown_name("verification", verification, PUBLISHED_VERIFICATION)
-    counts = {"max_iterations": max_iterations, "num_drafter_steps": num_drafter_steps, "num_verifier_steps": num_verifier_steps}
+    counts = {
+        "max_iterations": max_iterations,
+        "num_drafter_steps": num_drafter_steps,
+        "num_verifier_steps": num_verifier_steps,
+    }
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < (name != "num_drafter_steps"):
-            raise UserError(f"{name} is {value!r}. Allowed: a whole number, at least {int(name != 'num_drafter_steps')}")
+            raise UserError(
+                f"{name} is {value!r}. Allowed: a whole number, at least {int(name != 'num_drafter_steps')}"
+            )
     if step_idx == 0:
-        rule = PUBLISHED_VERIFICATION[verification]
-        how = Iteration(rule, num_drafter_steps, num_verifier_steps, draft_threshold, threshold, remask_threshold, keep_later, block_length)
+        rule = verification if callable(verification) else PUBLISHED_VERIFICATION[verification]
+        how = Iteration(
+            rule,
+            num_drafter_steps,
+            num_verifier_steps,
+            draft_threshold,
+            threshold,
+            remask_threshold,
+            keep_later,
+            block_length,
+        )
         algo_state = {"pairs": [Pair(drafter, verifier, p, gen_length, how) for p in prompts]}
     before = drafter.forwards, verifier.forwards
     live = [pair for pair in algo_state["pairs"] if not pair.done]
@@ -91,7 +106,12 @@ class Pair:
     """One prompt between two models. ``ids``: what is decided, in the drafter's vocabulary, masks among it while it is not ``done``."""
 
     def __init__(self, drafter: ModelBroker, verifier: ModelBroker, prompt: Any, length: int, how: Iteration):
-        self.models, self.prompt, self.how, self.length = {"drafter": drafter, "verifier": verifier}, prompt, how, length
+        self.models, self.prompt, self.how, self.length = (
+            {"drafter": drafter, "verifier": verifier},
+            prompt,
+            how,
+            length,
+        )
         ids = {role: special_ids(broker, Region()) for role, broker in self.models.items()}
         self.masks, self.stops = {role: mask for role, (mask, _) in ids.items()}, ids["drafter"][1]
         same = same_vocabulary(drafter.tokenizer, verifier.tokenizer)
@@ -117,7 +137,7 @@ class Pair:
         written = texts.region([0])
         said = torch.where(masked, written, logits.argmax(-1))
         asked = {"threshold": how.threshold, "confidence_threshold": how.threshold}
-        verified, rejected = how.rule(draft, said, texts.mask_id, texts.mask_id, verifier_logits=logits[0], **asked)
+        _, rejected = how.rule(draft, said, texts.mask_id, texts.mask_id, verifier_logits=logits[0], **asked)
         rejected = {k for k in rejected if not masked[0, k]}
         trusted = how.rule is not PUBLISHED_VERIFICATION["no_verification"]
         if last or len(rejected) <= how.remask_threshold:
@@ -158,7 +178,12 @@ class Pair:
         """At most ``steps`` steps of a model alone over what is masked: above the ``threshold``, or (None) in even shares. Returns the logits ``[1, G, V]`` of
         the last of them."""
         share = min(steps, texts.gen_length)
-        schedule = Schedule(texts.gen_length, self.how.block_length if threshold is not None else None, None if threshold is not None else share, texts.ask.device)
+        schedule = Schedule(
+            texts.gen_length,
+            self.how.block_length if threshold is not None else None,
+            None if threshold is not None else share,
+            texts.ask.device,
+        )
         logits = None
         for number in range(steps):
             region = texts.region([0])

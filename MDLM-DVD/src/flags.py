@@ -11,6 +11,7 @@ from mdlm_dvd.src.model import RUNTIME_NAMES, Pool
 from shared.errors import UserError
 
 ROLES = ("drafter", "verifier", "algorithm")
+TEXTS = {"prompt", "prompt_file", "output_dir", "registry", *ROLES}  # whose values are text whatever they look like
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -23,9 +24,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{word!r} belongs to no flag. Allowed: --NAME VALUE")
         name, equals, value = word[2:].partition("=")
         if equals:
-            given = scalar(value)
+            given = value if name in TEXTS else scalar(value)
         elif words and not words[0].startswith("--"):
-            given = scalar(words.pop(0))
+            given = words.pop(0) if name in TEXTS else scalar(words.pop(0))
         elif name.startswith("no-"):
             name, given = name[3:], False
         else:

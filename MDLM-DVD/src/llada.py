@@ -9,27 +9,33 @@ import torch
 from torch import Tensor
 
 from mdlm_dvd.src.model import ModelBroker
-from mdlm_dvd.src.texts import Texts
+from mdlm_dvd.src.texts import Ask, Texts
 from mdlm_dvd.src.utils import draws, quota, top, top_of_text
 from shared.errors import UserError
 from shared.policy.sampling import GREEDY_BELOW, inverse_cdf
+from shared.trace import How
 
 
 class Schedule:
-    """``steps`` steps over a region of ``length`` tokens in blocks of ``block_length``: each block gets an even share of the steps (no more than it has
-    tokens), and each step of a block an even share of its masks, larger shares first."""
+    """``steps`` steps over a region of ``length`` tokens in blocks of ``block_length``: each block gets an even share of the steps (``capped``: no more than
+    it has tokens), and each step of a block an even share of its masks, larger shares first."""
 
-    def __init__(self, length: int, block_length: int | None, steps: int | None, device: torch.device):
+    def __init__(
+        self, length: int, block_length: int | None, steps: int | None, device: torch.device, capped: bool = True
+    ):
         self.block_length = min(block_length or length, length)
         blocks = -(-length // self.block_length)
         self.steps = length if steps is None else steps
         if self.steps < blocks:
-            raise UserError(f"steps is {steps}. Allowed: at least {blocks}, one for each block of {self.block_length} tokens")
+            raise UserError(
+                f"steps is {steps}. Allowed: at least {blocks}, one for each block of {self.block_length} tokens"
+            )
         if steps is None:  # a token a step, also where the last block is shorter
             shares = [min(self.block_length, length - k * self.block_length) for k in range(blocks)]
         else:
             shares = [self.steps // blocks + (k < self.steps % blocks) for k in range(blocks)]
-            shares = [min(s, self.block_length, length - k * self.block_length) for k, s in enumerate(shares)]
+            if capped:
+                shares = [min(s, self.block_length, length - k * self.block_length) for k, s in enumerate(shares)]
         self.steps = sum(shares)
         block = [k for k, share in enumerate(shares) for _ in range(share)]
         left = [share - n for share in shares for n in range(share)]
@@ -37,8 +43,8 @@ class Schedule:
         self._of = torch.arange(length, device=device) // self.block_length
 
     def allowed(self, masked: Tensor, number: Tensor) -> Tensor:
-        """``[b, G]``: the masks of ``masked [b, G]`` in the block that step ``number [b]`` of each row is in."""
-        return masked & (self._of == self._block[self._within(number)][:, None])
+        """``[b, G]``: the masks of ``masked [b, G]`` up to the end of the block that step ``number [b]`` of each row is in."""
+        return masked & (self._of <= self._block[self._within(number)][:, None])
 
     def quota(self, allowed: Tensor, number: Tensor) -> Tensor:
         """``[b]``: how many of them that step writes."""
@@ -66,7 +72,9 @@ class Predicted(NamedTuple):
     score: Tensor
 
 
-def predicted(logits: Tensor, unmask: Any, temperature: float = 0.0, texts: Texts | None = None, rows: Sequence[int] = ()) -> Predicted:
+def predicted(
+    logits: Tensor, unmask: Any, temperature: float = 0.0, texts: Texts | None = None, rows: Sequence[int] = ()
+) -> Predicted:
     """What ``logits [b, G, V]`` say, with the options ``unmask`` (`mdlm_dvd.options.Unmask`, its token ids filled in). A draw takes a number of its row for
     every position, random ranking one more."""
     if unmask.logits_eos_inf:
@@ -89,7 +97,9 @@ def predicted(logits: Tensor, unmask: Any, temperature: float = 0.0, texts: Text
     return Predicted(tokens, confidence, score)
 
 
-def guided(broker: ModelBroker, texts: Texts, rows: Sequence[int], region: Tensor, kind: str, cfg_scale: float) -> Tensor:
+def guided(
+    broker: ModelBroker, texts: Texts, rows: Sequence[int], region: Tensor, kind: str, cfg_scale: float
+) -> Tensor:
     """``[b, G, V]``: logits with classifier-free guidance, ``u + (cfg_scale + 1) (c - u)``, where ``u`` is without the prompt; one pass where it is off."""
     given = broker.logits(texts, rows, region, kind)
     if cfg_scale == 0:
@@ -122,3 +132,30 @@ def chosen(
 def tie_order(texts: Texts, rows: Sequence[int], unmask: Any) -> list[int] | None:
     """What `chosen` is given as ``before``: prompt lengths where candidates of confidence 0 are to be expected."""
     return [texts.lengths[i] for i in rows] if unmask.confidence_eos_eot_inf else None
+
+
+def generate_per_step(
+    broker: ModelBroker,
+    prompt: Sequence[int],
+    n: int,
+    k: int,
+    *,
+    gen_length: int,
+    block_length: int | None = None,
+    cfg_scale: float = 0.0,
+    unmask: Any,
+    mask_id: int,
+) -> tuple[Tensor, Tensor]:
+    """DualDiffusion's ``generate_per_step``: exactly ``n`` steps, each of which writes ``k`` tokens up to the end of its block or as many as are masked there; masks may
+    remain. Returns the region ``[G]`` and the logits of every step ``[n, G, V]``."""
+    texts = Texts([prompt], Ask(gen_length, mask_id, device=broker.network.device, whole=True))
+    schedule, said = Schedule(gen_length, block_length, n, texts.ask.device, capped=False), []
+    for step in range(n):
+        region = texts.region([0])
+        logits = guided(broker, texts, [0], region, "draft", cfg_scale)
+        found = predicted(logits, unmask)
+        allowed = schedule.allowed(region == mask_id, torch.tensor([step], device=region.device))
+        take = top(found.score, allowed, torch.tensor([k], device=region.device))
+        texts.write([0], take, found.tokens, How.UNMASKED, found.confidence, -found.score)
+        said.append(logits[0])
+    return texts.region([0])[0], torch.stack(said)

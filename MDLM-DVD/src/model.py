@@ -82,7 +82,9 @@ class ModelBroker:
             self.model_state = call(self._function("init_func"), {}, values, self._note)
         for needed in ("model", "tokenizer"):
             if needed not in self.model_state:
-                raise UserError(f"{self.config['init_func']} of {self.name!r} returns no {needed!r}. Allowed: a dict with model and tokenizer")
+                raise UserError(
+                    f"{self.config['init_func']} of {self.name!r} returns no {needed!r}. Allowed: a dict with model and tokenizer"
+                )
 
     @classmethod
     def of(cls, network: Network, tokenizer: Any, role: str, name: str = "") -> ModelBroker:

@@ -87,7 +87,9 @@ class Network:
         asks = place[:, None] < torch.arange(here.shape[1], device=ids.device)[:, None]
         return self._beside(texts, ids, places, here, seen, asks, lengths)
 
-    def _beside(self, texts: Texts, ids: Tensor, places: Tensor, here: Tensor, seen: Tensor, asks: Tensor, lengths: list[int]):
+    def _beside(
+        self, texts: Texts, ids: Tensor, places: Tensor, here: Tensor, seen: Tensor, asks: Tensor, lengths: list[int]
+    ):
         """A pass over ``[ids [b, T] | a mask for each place here [b, G]]``: tokens see each other by ``seen [b, T, T]``, a mask sees itself and, by
         ``asks [b, G, T]``, tokens."""
         masks = torch.full_like(here, texts.mask_id)
@@ -131,7 +133,9 @@ class Network:
         """Begin with an empty cache where the texts are others than before."""
         if self.texts is not texts:
             self.texts, self.held = texts, [0] * len(texts)
-            self.engine = Engine.of(self.model, len(texts), 2 * texts.canvas.tokens.shape[1] + WIDTH_STEP, (), self.runtime)
+            self.engine = Engine.of(
+                self.model, len(texts), 2 * texts.canvas.tokens.shape[1] + WIDTH_STEP, (), self.runtime
+            )
 
     def _finished(self, texts: Texts, rows: Sequence[int]) -> list[int]:
         """How many tokens of each text lie in blocks that are decided: whole ones, and before the region nothing is masked."""

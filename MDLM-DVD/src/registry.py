@@ -48,9 +48,13 @@ class ModelRegistry:
         try:
             found = yaml.safe_load(self.path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"registry {str(self.path)!r} cannot be read ({error.strerror}). Allowed: a registry.yaml") from error
+            raise UserError(
+                f"registry {str(self.path)!r} cannot be read ({error.strerror}). Allowed: a registry.yaml"
+            ) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"registry {str(self.path)!r} is not YAML ({str(error).splitlines()[0]}). Allowed: a registry.yaml") from error
+            raise UserError(
+                f"registry {str(self.path)!r} is not YAML ({str(error).splitlines()[0]}). Allowed: a registry.yaml"
+            ) from error
         if not isinstance(found, dict):
             raise self._wrong("", "is no mapping", " and ".join(_SECTIONS))
         for key in found:
@@ -105,7 +109,9 @@ class ModelRegistry:
         except UserError as error:
             if "the hub did not give it" not in str(error):
                 raise
-            raise UserError(f"{role} {name!r}: {error}. Allowed: tiny_drafter and tiny_verifier, which ship here") from error
+            raise UserError(
+                f"{role} {name!r}: {error}. Allowed: tiny_drafter and tiny_verifier, which ship here"
+            ) from error
         self._states[name] = broker.model_state
         return broker
 
@@ -123,7 +129,9 @@ class ModelRegistry:
         module = script(path, self.home)
         for key in functions:
             if not callable(getattr(module, entry[key], None)):
-                raise self._wrong(f"{entry['name']}.{key}", f"{entry[key]!r} is no function of {entry['path']}", "one that is")
+                raise self._wrong(
+                    f"{entry['name']}.{key}", f"{entry[key]!r} is no function of {entry['path']}", "one that is"
+                )
         return module
 
 

@@ -106,7 +106,11 @@ def run(
 ) -> list[Result]:
     """Decode ``prompts`` (texts, or ids with their template already around them), ``batch_size`` at a time. ``kwargs`` go to the algorithm by name, beside
     what its registry entry gives; ``steps`` default to a token a step. Raises `UserError` for what no function can take."""
-    for name, value in (("steps", gen_length if steps is None else steps), ("gen_length", gen_length), ("batch_size", batch_size)):
+    for name, value in (
+        ("gen_length", gen_length),
+        ("steps", gen_length if steps is None else steps),
+        ("batch_size", batch_size),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{name} is {value!r}. Allowed: a whole number, at least 1")
     pool, names = verifier.pool, (drafter.name, verifier.name, algorithm.name)
@@ -119,7 +123,9 @@ def run(
         for first in range(0, len(prompts), batch_size):
             batch = list(prompts[first : first + batch_size])
             values["requests"] = range(first, first + len(batch))
-            for result in _batch(drafter, verifier, algorithm, batch, steps or gen_length, values, first // batch_size, listen, pool):
+            for result in _batch(
+                drafter, verifier, algorithm, batch, steps or gen_length, values, first // batch_size, listen, pool
+            ):
                 result.names, result.id = names, len(results)
                 result.kwargs = {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, type(None)))}
                 results.append(result)
@@ -161,7 +167,12 @@ def _batch(
         pool.published.update(out.get("publish", {}))
         listen(Event(number, count - 1, metrics, seconds, out.get("texts"), out.get("rows", ())))
     total = time.perf_counter() - began
-    metrics = {**totals, "total_latency": total, "step_latency_sum": latency, "avg_step_latency": latency / max(count, 1)}
+    metrics = {
+        **totals,
+        "total_latency": total,
+        "step_latency_sum": latency,
+        "avg_step_latency": latency / max(count, 1),
+    }
     if totals.get("drafted_count"):
         metrics["acceptance_rate"] = totals.get("accepted_count", 0) / totals["drafted_count"]
     return list(_results(algorithm, prompts, out, metrics, total))
@@ -192,14 +203,19 @@ def _is_older(step: Callable) -> bool:
 def _older(step: Callable, drafter: ModelBroker, verifier: ModelBroker, prompts: list, values: dict) -> Callable:
     """A step function of the older form as one of the newer: one text at a time, tokens ``[1, P + gen_length]`` in and out."""
     if len(prompts) > 1:
-        raise UserError(f"batch_size is {len(prompts)}. Allowed with an algorithm of the older form (current_tokens): 1")
+        raise UserError(
+            f"batch_size is {len(prompts)}. Allowed with an algorithm of the older form (current_tokens): 1"
+        )
     mask_id = mask_of(verifier, values.get("mask_id"))
     length = values["gen_length"]
 
     def newer(drafter, verifier, prompts, step_idx, total_steps, algo_state, **kwargs) -> dict:
         if step_idx == 0:
             prompt = prompts[0] if isinstance(prompts[0], list) else verifier.prompt_ids(prompts[0])
-            algo_state = {"tokens": torch.tensor([prompt + [mask_id] * length], device=_device(verifier)), "prompt": len(prompt)}
+            algo_state = {
+                "tokens": torch.tensor([prompt + [mask_id] * length], device=_device(verifier)),
+                "prompt": len(prompt),
+            }
         own = {"current_tokens": algo_state["tokens"], "drafter": drafter, "verifier": verifier, "step_idx": step_idx}
         given = {**kwargs, **own, "total_steps": total_steps, "mask_id": mask_id, "prompt_len": algo_state["prompt"]}
         out = call(step, {}, given)
@@ -228,4 +244,3 @@ def mask_of(broker: ModelBroker, given: int | None = None) -> int:
     if found is None:
         raise UserError(f"the mask token of {broker.name!r} is not known. Allowed: --mask_id ID")
     return found
-

@@ -171,6 +171,10 @@ class Texts:
         (count,), _ = self._decided([i])
         tokens = self.tokens(i, count)
         ids = self.prompts[i] + tokens
-        kept = tokens[:-1] if self.ask.trim and not self.ask.whole and tokens and tokens[-1] in self.ask.stop_ids else tokens
+        kept = (
+            tokens[:-1]
+            if self.ask.trim and not self.ask.whole and tokens and tokens[-1] in self.ask.stop_ids
+            else tokens
+        )
         completion = self.canvas.retire(i, ids=ids, tokens=kept, block_length=0, edits=[], decode=self.text_of)
         return self.strings.cut(completion)

@@ -46,7 +46,9 @@ def top_of_text(scores: Tensor, allowed: Tensor, count: Tensor, before: Sequence
     """`top` with equal scores in the order of ``torch.topk`` over the whole text, ``before`` tokens of prompt included: what the published code does, which
     shows where candidates for the end of a text, all of confidence 0, come last."""
     take = torch.zeros_like(allowed)
-    for k, (row, most, first) in enumerate(zip(scores.masked_fill(~allowed, -torch.inf), count.tolist(), before, strict=True)):
+    for k, (row, most, first) in enumerate(
+        zip(scores.masked_fill(~allowed, -torch.inf), count.tolist(), before, strict=True)
+    ):
         text = torch.nn.functional.pad(row, (first, 0), value=-torch.inf)
         take[k, text.topk(min(most, len(row))).indices - first] = True
     return take & allowed

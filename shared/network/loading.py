@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from shared.errors import UserError
 from shared.family import shipped_folder, shipped_names
@@ -27,6 +28,8 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one tensor 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # of a layer, in the name of a module
 _WEIGHT_DTYPES = ("F32", "BF16", "F16", "F64")  # by their names in safetensors
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Names of tokenizers that are nothing but their tokenizer.json; the last is transformers 5's.
+_PLAIN_TOKENIZERS = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 PIECE = 1 << 25  # bytes of a weight file that may be mapped at a time: 32 MB
 
 
@@ -210,10 +213,19 @@ def check_layers(folder: Path, config: DecoderConfig) -> None:
         )
 
 
+class _NoDraws(TorchFunctionMode):
+    """Leaves out the initial values of weights: on ``meta`` there are none, and torch imports its compiler, for seconds, to draw them there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def on_meta(kind: type[CheckpointModel], config: DecoderConfig, where: str) -> CheckpointModel:
     """The network without its weights; `UserError` for sizes beyond what torch can count."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoDraws():
             return kind(config)
     except (RuntimeError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{where}: no network can be made of this config ({_reason(error)})") from error
@@ -311,7 +323,8 @@ class CheckpointModel(nn.Module):
         """
         device = resolve_device(device)
         model, shards, tied = cls._planned(path_or_id, dtype, device)
-        model.to_empty(device=device)
+        # As `to_empty`, which looks for symbolic sizes and imports sympy for it.
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         # The tensors of a state dict are views of the parameters, so each is copied to where it belongs, a slice of a stack among others.
         targets = model.state_dict()
         for key, tensor in read_tensors(shards, targets, rename=cls.checkpoint_key):
@@ -393,8 +406,6 @@ def resolve_dtype(
 
 def load_tokenizer(path_or_id: str | Path):
     """The checkpoint's own tokenizer with its chat template (never remote code)."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     folder = checkpoint_folder(path_or_id)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{folder}: no usable tokenizer, none of its files is there ({', '.join(_TOKENIZER_FILES)})")
@@ -403,14 +414,27 @@ def load_tokenizer(path_or_id: str | Path):
     renamed = {}
     if isinstance(saved.get("extra_special_tokens"), list):  # transformers 5, whose names for these two are new
         renamed = {"additional_special_tokens": saved["extra_special_tokens"], "extra_special_tokens": {}}
-    backend = saved.get("tokenizer_class") == "TokenizersBackend" and (folder / "tokenizer.json").is_file()
-    kind = PreTrainedTokenizerFast if backend else AutoTokenizer
+    plain = saved.get("tokenizer_class") in _PLAIN_TOKENIZERS and (folder / "tokenizer.json").is_file()
     try:
-        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, **renamed)
+        tokenizer = _tokenizer_class(plain).from_pretrained(folder, trust_remote_code=False, **renamed)
         tokenizer.decode(tokenizer("a word")["input_ids"], skip_special_tokens=True)
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare exceptions for a damaged file
         raise UserError(f"{folder}: no usable tokenizer ({_reason(error)})") from error
+
+
+def _tokenizer_class(plain: bool):
+    """transformers' `AutoTokenizer`, which knows the configs of this repository; it takes seconds to import, a ``plain`` tokenizer needs none of it."""
+    if plain:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoTokenizer
+
+    for config_class in DecoderConfig.__subclasses__():
+        if config_class.model_type:
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    return AutoTokenizer
 
 
 def special_ids(

@@ -180,7 +180,7 @@ def test_random_settings_equal_reference(name, seed):
 
 @each_distinct_setting
 def test_batch_equals_alone(name, decoder, flat):
-    checks.check_batch_equals_alone(family(name), decoder, flat, checks.draw_prompts(3, seed=2), rows=2)
+    checks.check_batch_equals_alone(family(name), decoder, flat, checks.draw_prompts(3, seed=2), 2)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32])
@@ -188,7 +188,7 @@ def test_batch_equals_alone(name, decoder, flat):
 @pytest.mark.parametrize(("decoder", "flat"), [("plain", {}), ("speculative", SPECULATIVE["exact-draft_ver"])])
 def test_different_prompts_in_one_batch(name, decoder, flat, rows):
     prompts = checks.draw_prompts({1: 2, 7: 9, 32: 32}[rows], seed=7, high=60)
-    checks.check_batch_equals_alone(family(name), decoder, {**BASE, "max_new_tokens": 11, **flat}, prompts, rows=rows)
+    checks.check_batch_equals_alone(family(name), decoder, {**BASE, "max_new_tokens": 11, **flat}, prompts, rows)
 
 
 @settings(

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -137,6 +138,32 @@ def test_a_wrong_command_is_told_before_the_model_is_loaded(words, message, monk
         command_line(monkeypatch, [*DOOR, *(w.format(folder=tmp_path) for w in words)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "include", "whole"),
+    [
+        ("instructions", [], False),
+        ("instructions,functions", [], False),
+        (["instructions", "word_problems"], [], False),
+        ("instructions,gsm8k", [], True),
+        ("instruct*", [], True),
+        ("instructions", ["mine"], True),  # the user's folder may have one of that name
+    ],
+)
+def test_the_folder_of_all_public_tasks_is_read_where_one_is_asked_for(tasks, include, whole, monkeypatch):
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    from eval.cells import TASKS as folder
+    from eval.early import index_of_ours
+
+    made = []
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: made.append(given))
+    config = EvaluatorConfig(tasks=tasks, include_path=[str(folder), *include])
+    with index_of_ours(config):
+        lm_eval.tasks.TaskManager(include_path=config.include_path)
+    lm_eval.tasks.TaskManager()
+    assert [given.get("include_defaults", True) for given in made] == [whole, True]
 
 
 def test_a_file_of_settings_is_read_as_flags_are(monkeypatch, tmp_path):
@@ -454,7 +481,8 @@ def one_by_one(model, family: str, context: list[int], continuation: list[int], 
     return found
 
 
-GOLDEN = {"D2F": ["D2F-llada", "D2F-dream"]}  # where a family has a network of several kinds
+# Where a family has a network of several kinds, or one that is tested with another family (LLaDA's).
+GOLDEN = {"D2F": ["D2F-llada", "D2F-dream"], "MDLM-DVD": []}
 NETWORKS = [(name, folder) for name in FAMILIES for folder in GOLDEN.get(name, [name])]
 
 

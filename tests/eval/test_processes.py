@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 
 import pytest
+
+from tests import programs
 
 TASK = """task: few
 custom_dataset: !function data.load
@@ -42,18 +42,15 @@ run_main(main)
 """
 
 
-def run(folder, documents: int, processes: int) -> subprocess.CompletedProcess:
+def run(folder, documents: int, processes: int) -> list[subprocess.CompletedProcess]:
     (folder / "few.yaml").write_text(TASK)
     (folder / "data.py").write_text(
         "from datasets import Dataset\n\n\n"
         f"def load(**unused):\n    return {{'test': Dataset.from_list([{{'q': f'word {{k}}'}} for k in range({documents})])}}\n"
     )
     (folder / "run.py").write_text(RUN)
-    call = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    call = call if processes > 1 else [sys.executable]
-    return subprocess.run(
-        [*call, str(folder / "run.py"), str(folder)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=90
-    )  # fmt: skip
+    words = [str(folder / "run.py"), str(folder)]
+    return programs.run_ranks(words, folder, processes) if processes > 1 else [programs.run(words, folder)]
 
 
 @pytest.mark.slow
@@ -63,8 +60,8 @@ def test_uneven_shares_are_not_padded(tmp_path):
     for documents, processes in ((3, 1), (3, 2), (1, 2)):
         folder = tmp_path / f"{documents}-{processes}"
         folder.mkdir()
-        done = run(folder, documents, processes)
-        assert done.returncode == 0, done.stderr
+        for done in run(folder, documents, processes):
+            assert done.returncode == 0, done.stderr
         resps, texts = found[documents, processes] = json.loads((folder / "found.json").read_text())
         assert [[len(r) for r in of] for of in resps] == [[2]] * documents
         assert texts == 2 * documents

@@ -185,7 +185,7 @@ POLICIES = [
 
 @pytest.mark.parametrize("extra", POLICIES, ids=lambda e: " ".join(map(str, e.values())))
 def test_batch_equals_alone(extra):
-    checks.check_batch_equals_alone(family(), "speculative", {**SMALL, **extra}, PROMPTS, rows=3)
+    checks.check_batch_equals_alone(family(), "speculative", {**SMALL, **extra}, PROMPTS, 3)
 
 
 @pytest.mark.parametrize("extra", [*POLICIES, LOSSLESS], ids=lambda e: " ".join(map(str, e.values())))
@@ -195,7 +195,7 @@ def test_graphs_change_nothing(extra, monkeypatch):
 
 @pytest.mark.parametrize("extra", [{}, {"use_block_cache": True}, {"temperature": 1.0}], ids=str)
 def test_plain_batch_equals_alone(extra):
-    checks.check_batch_equals_alone(family(), "plain", {**SMALL, **extra}, PROMPTS, rows=3)
+    checks.check_batch_equals_alone(family(), "plain", {**SMALL, **extra}, PROMPTS, 3)
 
 
 @pytest.mark.parametrize("decoder", ["plain", "speculative"])

@@ -163,7 +163,7 @@ def test_graphs_change_nothing(decoder, flat, monkeypatch):
 
 @each_distinct_setting
 def test_batch_equals_alone(decoder, flat):
-    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(3, seed=2), rows=2)
+    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(3, seed=2), 2)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32])
@@ -172,7 +172,7 @@ def test_batch_equals_alone(decoder, flat):
 )
 def test_different_prompts_in_one_batch(decoder, flat, rows):
     prompts = checks.draw_prompts({1: 2, 7: 9, 32: 32}[rows], seed=7, high=60)
-    checks.check_batch_equals_alone(family(), decoder, {**BASE, "max_new_tokens": 9, **flat}, prompts, rows=rows)
+    checks.check_batch_equals_alone(family(), decoder, {**BASE, "max_new_tokens": 9, **flat}, prompts, rows)
 
 
 @each_distinct_setting

@@ -31,6 +31,7 @@ def family() -> checks.Family:
 
 
 BASE = {"block_length": 8, "max_new_tokens": 21, "confidence_threshold": 0.6, "stopping_criteria_idx": ()}
+SHORT = {"max_new_tokens": 13}  # two blocks or three: what a block leaves to the next is read
 PLAIN = {
     "static": {"remasking_strategy": "low_confidence_static"},
     "static-steps3": {"remasking_strategy": "low_confidence_static", "denoising_steps": 3},
@@ -91,23 +92,23 @@ def test_equals_reference(decoder, flat):
     checks.check_equals_reference(family(), decoder, flat, checks.draw_prompts(5, seed=1))
 
 
-@pytest.mark.parametrize("saving", UNSAVED)
 @each_setting
-def test_a_saving_changes_forwards_and_nothing_else(decoder, flat, saving):
+def test_a_saving_changes_forwards_and_nothing_else(decoder, flat):
     """Each saving alone, against none: same ids, same steps; never more forwards, and fewer where it applies."""
-    prompts = checks.draw_prompts(4, seed=8)
-    plain = family().run(decoder, prompts, {**flat, **UNSAVED}, seed=5)
-    saved = family().run(decoder, prompts, {**flat, **UNSAVED, saving: True}, seed=5)
-    assert saved.tokens == plain.tokens
-    assert [c.trace.order() for c in saved.completions] == [c.trace.order() for c in plain.completions]
-    before, after = plain.forwards, saved.forwards
-    assert all(after[k] == before[k] for k in ("prefill", "draft", "verify"))
-    if saving in ("skip_last_commit", "fuse_commit") or (
-        saving == "reuse_verify" and flat.get("cache_ver") and flat.get("acceptance") == "exact"
-    ):
-        assert after["commit"] < before["commit"]
-    else:
-        assert after["commit"] <= before["commit"]
+    prompts, flat = checks.draw_prompts(4, seed=8), {**flat, **SHORT, **UNSAVED}
+    plain = family().run(decoder, prompts, flat, seed=5)
+    for saving in UNSAVED:
+        saved = family().run(decoder, prompts, {**flat, saving: True}, seed=5)
+        assert saved.tokens == plain.tokens, saving
+        assert [c.trace.order() for c in saved.completions] == [c.trace.order() for c in plain.completions], saving
+        before, after = plain.forwards, saved.forwards
+        assert all(after[k] == before[k] for k in ("prefill", "draft", "verify")), saving
+        if saving in ("skip_last_commit", "fuse_commit") or (
+            saving == "reuse_verify" and flat.get("cache_ver") and flat.get("acceptance") == "exact"
+        ):
+            assert after["commit"] < before["commit"], saving
+        else:
+            assert after["commit"] <= before["commit"], saving
 
 
 @each_setting
@@ -135,12 +136,18 @@ def test_other_options_get_graphs_of_their_own(monkeypatch):
 @each_setting
 def test_graphs_change_nothing(decoder, flat, monkeypatch):
     # Of five rows three are no captured size: a graph of four serves them, with a row of padding.
-    checks.check_graphs_change_nothing(family(), decoder, flat, checks.draw_prompts(6, seed=12), 5, monkeypatch)
+    short = {**flat, **SHORT}
+    checks.check_graphs_change_nothing(family(), decoder, short, checks.draw_prompts(6, seed=12), 5, monkeypatch)
 
 
-@each_setting
-def test_batch_equals_alone(decoder, flat):
-    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(7, seed=2), rows=3)
+@pytest.mark.parametrize(
+    ("decoder", "flat", "first"),
+    [pytest.param(d, {**BASE, **f}, k % 5, id=f"{d}-{n}") for k, (d, n, f) in enumerate(EVERY)],
+)
+def test_batch_equals_alone(decoder, flat, first):
+    """Among 32 rows, and three at a time. Every fifth of the 32 texts, others with the next setting: each with seven settings or more."""
+    prompts = checks.draw_prompts(32, seed=7, high=60)
+    checks.check_batch_equals_alone(family(), decoder, flat, prompts, 32, 3, texts=range(first, 32, 5))
 
 
 @each_setting
@@ -177,9 +184,14 @@ def test_exact_greedy_is_block_size_one(block_length, draft_ver):
         checks.check_exact_greedy_is_block_size_one(family(), flat, prompts)
 
 
-@each_setting
-def test_thirty_two_different_prompts_in_one_batch(decoder, flat):
-    checks.check_batch_equals_alone(family(), decoder, flat, checks.draw_prompts(32, seed=7, high=60), rows=32)
+@pytest.mark.parametrize(
+    ("decoder", "flat"),
+    [("plain", PLAIN["dynamic-sampled"]), ("speculative", SPECULATIVE["exact-sampled"])],
+    ids=["plain", "speculative"],
+)
+def test_each_of_thirty_two_prompts_in_one_batch(decoder, flat):
+    prompts = checks.draw_prompts(32, seed=7, high=60)
+    checks.check_batch_equals_alone(family(), decoder, {**BASE, **flat}, prompts, 32)
 
 
 def test_max_new_tokens_is_kept():

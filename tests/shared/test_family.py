@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from shared.family import (
     family_named,
     imported,
 )
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,13 +133,14 @@ def test_shipped_checkpoints_have_names_in_any_folder(tmp_path):
         "try: checkpoint_folder('SDAR/tiny/more')\n"
         "except UserError as error: print(error)\n"
     )
-    run = lambda: subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+    (tmp_path / "program.py").write_text(program)
+    run = lambda: programs.run(["program.py"], tmp_path)  # noqa: E731
     done = run()
     assert done.returncode == 0, done.stderr
     first, second, third, loaded, error = done.stdout.splitlines()
     assert [Path(p) for p in (first, second, third)] == [ROOT / f / "tiny" for f in ("SDAR", "Fast-dLLM-v2", "LLaDA2")]
     assert loaded == f"{ROOT / 'SDAR' / 'tiny'} <|MASK|>"
-    assert "one that ships here (D2F/llada, D2F/dream, Fast-dLLM-v2/tiny, LLaDA2/tiny, SDAR/tiny)" in error
+    assert "one that ships here (D2F/llada, D2F/dream, Fast-dLLM-v2/tiny, LLaDA2/tiny, MDLM-DVD/tiny, SDAR/tiny)" in error
     (tmp_path / "SDAR" / "tiny").mkdir(parents=True)
     assert "the folder has no config.json" in run().stderr
 
@@ -149,8 +149,6 @@ def test_scripts_take_a_shipped_name_in_any_folder(tmp_path):
     call = ["--model", "tiny", "--prompt", "Count from 1 to 3.", "--max_new_tokens", "4", "--device", "cpu"]
     for model in ("tiny", "SDAR/tiny"):
         call[1] = model
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "SDAR" / "generate.py"), *call], cwd=tmp_path, capture_output=True, text=True
-        )
+        done = programs.run([str(ROOT / "SDAR" / "generate.py"), *call], tmp_path)
         assert done.returncode == 0, done.stderr
         assert "forwards/token" in done.stdout

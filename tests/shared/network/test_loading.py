@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from sdar import SDARConfig, SDARForCausalLM
 from shared.errors import UserError
 from shared.family import FAMILIES
-from shared.network.loading import checkpoint_folder, load_tokenizer, resolve_device, resolve_dtype, special_ids
+from shared.network.loading import (
+    checkpoint_folder,
+    load_tokenizer,
+    on_meta,
+    resolve_device,
+    resolve_dtype,
+    special_ids,
+)
 from shared.scripts import tensor_parallel
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -425,6 +432,40 @@ def test_a_tokenizer_brings_no_code(folder, monkeypatch):
     )
     load_tokenizer(folder)
     assert asked == {"trust_remote_code": False}
+
+
+@pytest.mark.parametrize("name", ["SDAR/tiny", "Fast-dLLM-v2/tiny", "LLaDA2/tiny", "D2F/llada", "D2F/dream"])
+def test_a_plain_tokenizer_is_what_transformers_would_make_of_it(name):
+    ours, theirs = load_tokenizer(name), transformers.AutoTokenizer.from_pretrained(checkpoint_folder(name))
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.init_kwargs == theirs.init_kwargs
+    assert (ours.special_tokens_map, ours.chat_template) == (theirs.special_tokens_map, theirs.chat_template)
+
+
+def test_a_tokenizer_that_the_config_alone_names(tmp_path):
+    """transformers asks the config, which it does not know of its own."""
+    shutil.copytree(FAMILIES["SDAR"].tiny, tmp_path / "new")
+    for name, change in [
+        ("tokenizer_config.json", {"tokenizer_class": None}),
+        ("config.json", {"tokenizer_class": "Qwen2Tokenizer"}),
+    ]:
+        path = tmp_path / "new" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = load_tokenizer(tmp_path / "new")
+    assert type(found) is transformers.Qwen2TokenizerFast
+    assert found("What is 2 + 3?").input_ids == load_tokenizer("SDAR/tiny")("What is 2 + 3?").input_ids
+
+
+def test_nothing_is_drawn_where_there_are_no_weights():
+    """Sizes and names are those of a network that is built for real; every weight of that has a value."""
+    config = tiny().config
+    planned, built = on_meta(SDARForCausalLM, config, "here"), SDARForCausalLM(config)
+    assert {k: (v.shape, v.dtype) for k, v in planned.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in built.state_dict().items()
+    }
+    assert all(v.is_meta for v in planned.state_dict().values())
+    assert all(v.std() > 0 for k, v in built.state_dict().items() if "norm" not in k)
 
 
 KEYS = {

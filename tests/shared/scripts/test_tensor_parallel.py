@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from shared.network.masks import block_causal, two_copy_verify
 from shared.scripts import tensor_parallel
 from shared.scripts.distributed import World, check_agreement
 from shared.scripts.tensor_parallel import Group
+from tests import programs
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "tests" / "golden" / "SDAR" / "model"  # 4 heads, 2 key-value heads
@@ -109,12 +108,6 @@ def process(folder: Path) -> None:
     world.leave()
 
 
-def torchrun_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    path = os.pathsep.join(p for p in sys.path if p)
-    return os.environ | {k: str(v) for k, v in where.items()} | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def one() -> dict:
     return measure(SDARForCausalLM.from_pretrained(MODEL))
@@ -123,16 +116,8 @@ def one() -> dict:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, str(folder)]
-    running = [subprocess.Popen(command, env=torchrun_environment(rank, 2, port), cwd=ROOT) for rank in range(2)]
-    try:
-        assert [p.wait(timeout=100) for p in running] == [0, 0]
-    finally:
-        for p in running:
-            p.kill()
+    done = programs.run_ranks(["-m", "tests.shared.scripts.test_tensor_parallel", str(folder)], ROOT, 2)
+    assert [p.returncode for p in done] == [0, 0], [p.stderr for p in done]
     return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(2)]
 
 
