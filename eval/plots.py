@@ -65,7 +65,7 @@ def draw(results: dict, cells: list[dict], folder: Path) -> dict[str, Path]:
     }
     found = {}
     for theme, colours in THEMES.items():
-        with pyplot.rc_context(_style(colours)):
+        with pyplot.rc_context(style(colours)):
             for name, make in plots.items():
                 figure = make()
                 if figure is not None:
@@ -75,7 +75,7 @@ def draw(results: dict, cells: list[dict], folder: Path) -> dict[str, Path]:
     return found
 
 
-def _style(colours: dict) -> dict:
+def style(colours: dict) -> dict:
     ink, ground = colours["ink"], colours["ground"]
     ink_keys = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
     return {
@@ -91,7 +91,7 @@ def _style(colours: dict) -> dict:
     }
 
 
-def _panels(titles: list[str], width: float = 4.6, height: float = 3.7) -> tuple[Figure, list[Axes]]:
+def panels(titles: list[str], width: float = 4.6, height: float = 3.7) -> tuple[Figure, list[Axes]]:
     columns = min(3, len(titles))
     lines = -(-len(titles) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
@@ -120,7 +120,7 @@ def frontier(rows: list[dict], styles: Styles, cost: str, label: str) -> Figure 
     if not rows:
         return None
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    figure, axes = _panels([t.replace("_", " ") for t in tasks])
+    figure, axes = panels([t.replace("_", " ") for t in tasks])
     for task, ax in zip(tasks, axes, strict=False):
         for group in styles.groups:
             here = sorted((r for r in rows if (r["task"], r["group"]) == (task, group)), key=lambda r: r[cost])
@@ -157,7 +157,7 @@ def accepted(cells: list[dict], styles: Styles) -> Figure | None:
     if not cells:
         return None
     tasks = list(dict.fromkeys(c["task"] for c in cells))
-    figure, axes = _panels([t.replace("_", " ") for t in tasks], height=3.1)
+    figure, axes = panels([t.replace("_", " ") for t in tasks], height=3.1)
     for task, ax in zip(tasks, axes, strict=False):
         for group in dict.fromkeys(c["group"] for c in cells):
             counts = Counter()
@@ -186,7 +186,7 @@ def calibration(cells: list[dict]) -> Figure | None:
                 here[name] = merged(here.get(name), bins)
     if not sums:
         return None
-    figure, axes = _panels(list(sums), width=6.2, height=4.6)
+    figure, axes = panels(list(sums), width=6.2, height=4.6)
     for (_, predictors), ax in zip(sums.items(), axes, strict=False):
         ax.plot([0, 1], [0, 1], ls=":", color=NEUTRAL, lw=1)
         for k, (name, bins) in enumerate(predictors.items()):

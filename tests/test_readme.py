@@ -16,6 +16,8 @@ from eval import benchmark, compare, docs
 from eval.model import DraftAndVerifyLM
 from fast_dllm_v2 import example_v2
 from llada2 import example_llada
+from mdlm_dvd.scripts import plot_metrics, run_evals
+from mdlm_dvd.src.evals.suite.__main__ import parser as suite_parser
 from sdar import generate, generate_ssd_policy
 from shared.scripts.cli import choose_script, parse
 from tests import programs
@@ -32,7 +34,14 @@ SCRIPTS = {
     "example_d2f.py": lambda argv: choose_script(example_d2f.SCRIPTS, argv, "generate_fn", "d2f"),
     "example_llada.py": lambda argv: choose_script(example_llada.SCRIPTS, argv, "generate_fn", "cached"),
 }
-PARSERS = {"eval.compare": compare.parser().parse_args, "eval.benchmark": benchmark.parse, "train": train.parse}
+PARSERS = {
+    "eval.compare": compare.parser().parse_args,
+    "eval.benchmark": benchmark.parse,
+    "train": train.parse,
+    "mdlm_dvd.src.evals.suite": suite_parser().parse_args,
+    "run_evals.py": run_evals.parser().parse_args,
+    "plot_metrics.py": plot_metrics.parser().parse_args,
+}
 # Commands that a test cannot run: they fetch a real checkpoint, need a GPU, take long, or are the suite itself. Their flags are still parsed
 # where a parser of ours reads them.
 NOT_RUN = (
@@ -48,6 +57,10 @@ NOT_RUN = (
     "torchrun",
     "python -m pytest",
     "python -m eval",
+    "python -m mdlm_dvd.src.evals.suite",
+    "python scripts/",
+    "bash ",
+    "jupyter ",
 )
 
 
@@ -90,7 +103,7 @@ def test_there_are_commands():
     assert "`make test`" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def check_parses(words: list[str]) -> None:
+def check_parses(words: list[str], folder: Path) -> None:
     """The parser of the script or module takes the command line."""
     if words[0] == "torchrun":
         words = ["python", *[w for k, w in enumerate(words) if k and not w.startswith("--nproc_per_node")]]
@@ -105,7 +118,8 @@ def check_parses(words: list[str]) -> None:
         if words[2] == "eval.compare":
             assert compare.grid_from(args).settings
     else:
-        assert (ROOT / words[1]).is_file(), words[1]
+        assert (folder / words[1]).is_file() or (ROOT / words[1]).is_file(), words[1]
+        PARSERS.get(script, lambda rest: None)(words[2:])
 
 
 @pytest.mark.parametrize(("folder", "command"), COMMANDS, ids=[c for _, c in COMMANDS])
@@ -116,7 +130,9 @@ def test_command(folder, command, tmp_path):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     if words[0] in ("python", "torchrun"):
-        check_parses(words)
+        check_parses(words, folder)
+    if words[0] in ("bash", "jupyter"):
+        assert (folder / words[-1]).is_file()
     if any(mark in command for mark in NOT_RUN):
         return
     assert words[0] == "python", f"a command no test knows how to run: {command}"
