@@ -61,6 +61,7 @@ NOT_RUN = (
     "python scripts/",
     "bash ",
     "jupyter ",
+    "llada_8b",
 )
 
 
