@@ -58,7 +58,7 @@ NOT_RUN = (
     "python -m pytest",
     "python -m eval",
     "python -m mdlm_dvd.src.evals.suite",
-    "python scripts/",
+    "scripts/",
     "bash ",
     "jupyter ",
     "llada_8b",

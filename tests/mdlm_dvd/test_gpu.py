@@ -10,8 +10,9 @@ from mdlm_dvd.src.network import Network
 from mdlm_dvd.src.texts import Ask, Texts
 from shared.network.llada import LLaDAConfig, LLaDAModelLM
 from shared.options import Runtime
+from tests.fast_checks import needs_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, needs_gpu]
 MASK = 255
 
 
