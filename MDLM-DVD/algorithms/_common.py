@@ -14,9 +14,10 @@ from mdlm_dvd.src.model import ModelBroker
 from mdlm_dvd.src.runtime import mask_of
 from mdlm_dvd.src.texts import Ask, Texts
 from mdlm_dvd.src.token_utils import same_vocabulary
+from mdlm_dvd.src.utils import top
 from shared.decode.calls import Call
 from shared.errors import UserError
-from shared.options import ALIASES, FlatOptions
+from shared.options import ALIASES, FlatOptions, Runtime
 from shared.policy.sampling import GREEDY_BELOW
 
 STEP = ("drafter", "verifier", "prompts", "step_idx", "total_steps", "algo_state")
@@ -73,6 +74,9 @@ def start(
             f"drafter {drafter.name!r} and verifier {verifier.name!r} have different vocabularies. "
             "Allowed: --algorithm dual, which goes through text, or models with one tokenizer"
         )
+    for broker in (drafter, verifier):
+        if broker.network is not None and options.runtime != Runtime():
+            broker.network.runtime = options.runtime
     call, region, tokenizer = call or Call(), options.region, verifier.tokenizer
     mask_id, stops = special_ids(verifier, region)
     options = options.replace(**ends(options, verifier, stops))
@@ -125,46 +129,54 @@ def ends(options: Any, broker: ModelBroker, stops: tuple[int, ...]) -> dict[str,
     return {"eos_token_id": eos, "eot_token_id": eot}
 
 
-# The published framework's names, for algorithm files written against it. Contents are ``[B, P + gen_length]``, prompts without their template.
+# The published framework's names and parameters, for algorithm files written against it. Contents are ``[B, P + gen_length]``, prompts without their template.
+
+
+def tokenize_batch(broker: ModelBroker, prompts: Sequence[str], **kwargs) -> tuple[Tensor, Tensor, int]:
+    """``(content [B, P], attention mask [B, P], P)``: prompts padded on the right to one length, on the model's device."""
+    found = [torch.as_tensor(broker.tokenize(p, **kwargs)["input_ids"]).reshape(-1) for p in prompts]
+    prompt_len, pad = max(map(len, found)), getattr(broker.tokenizer, "pad_token_id", None)
+    if pad is None:
+        pad = getattr(broker.tokenizer, "eos_token_id", None) or 0
+    device = getattr(broker.model_state["model"], "device", "cpu")
+    content = torch.full((len(found), prompt_len), pad, dtype=torch.long, device=device)
+    attention = torch.zeros_like(content)
+    for k, ids in enumerate(found):
+        content[k, : len(ids)] = ids.to(device)
+        attention[k, : len(ids)] = 1
+    return content, attention, prompt_len
 
 
 def initialize_content(broker: ModelBroker, prompts: Sequence[str], gen_length: int, mask_id: int, **kwargs):
     """``(content, attention_mask, prompt_len, logits)``: prompts padded on the right to one length, masks behind them, and the first forward's logits
     ``[B, gen_length, V]``."""
-    found = [broker.tokenize(p, **kwargs)["input_ids"].reshape(-1) for p in prompts]
-    prompt_len = max(map(len, found))
-    pad = getattr(broker.tokenizer, "pad_token_id", None)
-    content = torch.full((len(found), prompt_len + gen_length), mask_id, dtype=torch.long)
-    content[:, :prompt_len] = mask_id if pad is None else pad
-    attention = torch.ones_like(content)
-    for k, ids in enumerate(found):
-        content[k, : len(ids)] = ids
-        attention[k, len(ids) : prompt_len] = 0
+    content, attention, prompt_len = tokenize_batch(broker, prompts, **kwargs)
+    content = torch.nn.functional.pad(content, (0, gen_length), value=mask_id)
+    attention = torch.nn.functional.pad(attention, (0, gen_length), value=1)
     return content, attention, prompt_len, step_generate(broker, content, attention, prompt_len, gen_length, mask_id)
 
 
 def step_generate(
-    broker: ModelBroker, content: Tensor, attention_mask: Tensor, prompt_len: int, gen_length: int, mask_id: int
+    broker: ModelBroker, full_content: Tensor, full_attn: Tensor, prompt_len: int, gen_length: int, mask_id: int
 ) -> Tensor:
-    """Logits ``[B, gen_length, V]`` of one forward over ``content``."""
-    tensors = {"input_ids": content, "attention_mask": attention_mask}
+    """Logits ``[B, gen_length, V]`` of one forward over ``full_content``."""
+    tensors = {"input_ids": full_content, "attention_mask": full_attn}
     given = {"initialize": False, "gen_length": gen_length, "mask_id": mask_id, "prompt_len": prompt_len}
     out = broker.generate(tensors, **given)
     logits = out["logits"] if isinstance(out, dict) else getattr(out, "logits", out)
     return logits[:, -gen_length:]
 
 
-def sample_topk_confident(logits: Tensor, region: Tensor, mask_id: int, count: int) -> Tensor:
-    """``region [B, G]`` with the ``count`` masks of the largest logits filled by their argmax."""
+def sample_topk_confident(logits: Tensor, gen_region: Tensor, mask_id: int, k: int) -> Tensor:
+    """``gen_region [B, G]`` with the ``k`` masks of the largest logits filled by their argmax."""
     best, tokens = logits.max(-1)
-    masked = region == mask_id
-    order = best.masked_fill(~masked, -torch.inf).argsort(-1, descending=True, stable=True).argsort(-1)
-    return torch.where(masked & (order < count), tokens.to(region.dtype), region)
+    count = torch.full((len(best),), k, device=best.device)
+    return torch.where(top(best, gen_region == mask_id, count), tokens.to(gen_region.dtype), gen_region)
 
 
-def decode_results(broker: ModelBroker, content: Tensor, prompts: Sequence[str], prompt_len: int) -> list[dict]:
+def decode_results(broker: ModelBroker, full_content: Tensor, prompts: Sequence[str], prompt_len: int) -> list[dict]:
     """What a last step returns as ``results``."""
-    regions = content[:, prompt_len:]
+    regions = full_content[:, prompt_len:]
     texts = [broker.tokenizer.decode(row, skip_special_tokens=True) for row in regions]
     return [{"text": t, "tokens": r, "prompt": p} for t, r, p in zip(texts, regions, prompts, strict=True)]
 

@@ -38,6 +38,13 @@ class Pool:
         """All there is for ``role``; later ones win: ``defaults`` of its registry entry, flags, the role's flags, published values."""
         return {**defaults, **self.shared, **self.by_role.get(role, {}), **self.published}
 
+    def publish(self, values: Mapping[str, Any]) -> None:
+        """Give ``values`` to whatever is called from now on. Raises `UserError` for names that the loop itself passes."""
+        for name in values:
+            if name in RUNTIME_NAMES:
+                raise UserError(f"{name!r} is published, which the loop itself passes. Allowed: any other name")
+        self.published.update(values)
+
     def use(self, role: str, names: Sequence[str]) -> None:
         """Note that ``names`` were taken by ``role``."""
         self.used.update(n for n in names if n in self.shared)
@@ -60,7 +67,8 @@ def call(function: Callable, first: Mapping[str, Any], values: Mapping[str, Any]
     chosen = {k: v for k, v in values.items() if k not in own and (takes_all or any(p.name == k for p in rest))}
     noted(list(chosen))
     if missing := [p.name for p in rest if p.default is p.empty and p.name not in chosen]:
-        where = f"{inspect.getsourcefile(function)}:{function.__name__}"
+        source = inspect.unwrap(function)
+        where = f"{inspect.getsourcefile(source)}:{source.__name__}"
         raise UserError(f"{where} asks for {', '.join(missing)}, which nobody gives. Allowed: --{missing[0]} VALUE")
     return function(*first.values(), **chosen)
 
@@ -150,6 +158,13 @@ class ModelBroker:
         """``[b, G, V]``: one pass over the texts of ``rows`` with ``region [b, G]``, counted as ``kind``; row ``j`` predicts region position ``j``. The mask
         token is never predicted. ``cached``, and ``beside`` (``queried``, ``ordered``): see `Network`."""
         if self.network is None:
+            if beside is not None or hide_prompt:
+                missing = (
+                    "cfg_scale. Allowed: 0"
+                    if beside is None
+                    else f"verify_mode {beside}. Allowed: visible or leave_out"
+                )
+                raise UserError(f"{self.role} {self.name!r}, an adapter alone, has no {missing}")
             logits, spent = self._by_adapter(texts, rows, region)
         elif beside is not None:
             logits, spent = getattr(self.network, beside)(texts, rows, region)

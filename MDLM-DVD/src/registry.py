@@ -143,6 +143,7 @@ def script(path: Path, home: Path):
     name = f"mdlm_dvd_script_{abs(hash(str(path)))}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for it there
     with _searched(home, HOME):
         try:
             spec.loader.exec_module(module)

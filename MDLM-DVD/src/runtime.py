@@ -3,11 +3,12 @@
 An algorithm is a function in the published form, ``run_step(drafter, verifier, prompts, step_idx, total_steps, algo_state, **kwargs)``, which returns
 ``{"algo_state", "metrics", "results"?, "done"?}``, or in the older one, ``run_step(current_tokens, drafter, verifier, step_idx, total_steps, **kwargs)``, which
 returns ``{"next_tokens", "metrics"}``. Steps end with ``done``, and at the last one unless that says ``done: False``. An algorithm that returns `Texts` under
-``texts`` needs no results: they are read off it, with a trace.
+``texts`` needs no results: they are read off it, with a trace. What a step returns under ``publish`` may be asked for by name in every later call for its batch.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from shared.errors import UserError
 from shared.gpu.graphs import on_device
 from shared.output import Completion
 
+_STEP = ("drafter", "verifier", "prompts", "step_idx", "total_steps", "algo_state")
+_OLDER = ("current_tokens", "mask_id", "prompt_len")
 _RATES = {"acceptance_rate"}  # metrics that do not add up over steps
 MOST_STEPS = 100_000
 
@@ -151,20 +154,30 @@ def _batch(
     state: dict[str, Any] = {}
     totals: dict[str, float] = {"drafter_nfe": 0, "verifier_nfe": 0}
     step = _older(algorithm.step, drafter, verifier, prompts, values) if _is_older(algorithm.step) else algorithm.step
+    pools = (drafter.pool, verifier.pool)
+    for each in pools:
+        each.published.clear()
+    known = {} if "mask_id" in values else known_mask(verifier)
     began, latency, count, out = time.perf_counter(), 0.0, 0, {}
     while out.get("done") is False or (not out.get("done") and count < steps):
         if count == MOST_STEPS:
             raise UserError(f"algorithm {algorithm.name!r} is not done after {count} steps. Allowed: one that ends")
         start = time.perf_counter()
         given = {"drafter": drafter, "verifier": verifier, "prompts": prompts, "step_idx": count, "total_steps": steps}
-        out = call(step, {}, {**values, **given, "algo_state": state}, lambda n: pool.use("algorithm", n))
+        out = call(
+            step,
+            {},
+            {**known, **values, **pool.published, **given, "algo_state": state},
+            lambda n: pool.use("algorithm", n),
+        )
         seconds = time.perf_counter() - start
         state, latency, count = out.get("algo_state", state), latency + seconds, count + 1
         metrics = out.get("metrics", {})
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name not in _RATES:
                 totals[name] = totals.get(name, 0) + value
-        pool.published.update(out.get("publish", {}))
+        for each in pools:
+            each.publish(out.get("publish") or {})
         listen(Event(number, count - 1, metrics, seconds, out.get("texts"), out.get("rows", ())))
     total = time.perf_counter() - began
     metrics = {
@@ -209,6 +222,7 @@ def _older(step: Callable, drafter: ModelBroker, verifier: ModelBroker, prompts:
     mask_id = mask_of(verifier, values.get("mask_id"))
     length = values["gen_length"]
 
+    @functools.wraps(step)
     def newer(drafter, verifier, prompts, step_idx, total_steps, algo_state, **kwargs) -> dict:
         if step_idx == 0:
             prompt = prompts[0] if isinstance(prompts[0], list) else verifier.prompt_ids(prompts[0])
@@ -229,6 +243,11 @@ def _older(step: Callable, drafter: ModelBroker, verifier: ModelBroker, prompts:
             **{k: out[k] for k in ("done", "publish") if k in out},
         }
 
+    # It asks for what the step asks for, beside what is made here.
+    first = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in _STEP]
+    others = [p for p in inspect.signature(step).parameters.values() if p.name not in (*_STEP, *_OLDER)]
+    asks = [p if p.kind is p.VAR_KEYWORD else p.replace(kind=p.KEYWORD_ONLY) for p in others]
+    newer.__signature__ = inspect.Signature([*first, *asks])
     return newer
 
 
@@ -236,11 +255,16 @@ def mask_of(broker: ModelBroker, given: int | None = None) -> int:
     """The mask token of a role's model: the flag's, else that of its network, its tokenizer, its configuration."""
     if given is not None:
         return given
+    if found := known_mask(broker):
+        return found["mask_id"]
+    raise UserError(f"the mask token of {broker.name!r} is not known. Allowed: --mask_id ID")
+
+
+def known_mask(broker: ModelBroker) -> dict[str, int]:
+    """``{"mask_id": ...}`` of a role's model; nothing where it is not known."""
     model, tokenizer = broker.model_state["model"], broker.tokenizer
     if hasattr(model, "special_ids"):
-        return model.special_ids(tokenizer=tokenizer)[0]
+        return {"mask_id": model.special_ids(tokenizer=tokenizer)[0]}
     found = getattr(tokenizer, "mask_token_id", None)
     found = getattr(getattr(model, "config", None), "mask_token_id", None) if found is None else found
-    if found is None:
-        raise UserError(f"the mask token of {broker.name!r} is not known. Allowed: --mask_id ID")
-    return found
+    return {} if found is None else {"mask_id": found}
