@@ -16,7 +16,9 @@ from mdlm_dvd.src.registry import ALIASES, HOME, ModelRegistry
 from shared.options import FlatOptions
 
 PAGE = (HOME / "OPTIONS.md").read_text(encoding="utf-8")
-CLASSES = [k for k in vars(options).values() if inspect.isclass(k) and issubclass(k, FlatOptions) and k is not FlatOptions]
+CLASSES = [
+    k for k in vars(options).values() if inspect.isclass(k) and issubclass(k, FlatOptions) and k is not FlatOptions
+]
 GIVEN = {"drafter", "verifier", "prompts", "step_idx", "total_steps", "algo_state"}
 
 
