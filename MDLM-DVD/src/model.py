@@ -158,6 +158,13 @@ class ModelBroker:
         """``[b, G, V]``: one pass over the texts of ``rows`` with ``region [b, G]``, counted as ``kind``; row ``j`` predicts region position ``j``. The mask
         token is never predicted. ``cached``, and ``beside`` (``queried``, ``ordered``): see `Network`."""
         if self.network is None:
+            if beside is not None or hide_prompt:
+                missing = (
+                    "cfg_scale. Allowed: 0"
+                    if beside is None
+                    else f"verify_mode {beside}. Allowed: visible or leave_out"
+                )
+                raise UserError(f"{self.role} {self.name!r}, an adapter alone, has no {missing}")
             logits, spent = self._by_adapter(texts, rows, region)
         elif beside is not None:
             logits, spent = getattr(self.network, beside)(texts, rows, region)

@@ -129,7 +129,7 @@ def published(tmp_path, monkeypatch) -> Path:
     weights["head.bias"][1023] = -50.0  # a mask that is predicted is written, here as there
     torch.save(weights, tmp_path / "model/weights.pt")
     with (tmp_path / "registry.yaml").open("a") as file:  # beside ours
-        for name in ("baseline_cascade", "threshold_verifier"):
+        for name in ("baseline_cascade", "threshold_verifier", "cascade", "llada"):
             path = HOME / f"algorithms/{'baseline' if name[0] == 'b' else name}.py"
             file.write(f"  - {{name: {name}, path: {path}, step_func: run_step}}\n")
     monkeypatch.chdir(tmp_path)
@@ -154,6 +154,13 @@ def test_published_files_run_unchanged(published):
     assert newer["token_ids"] == older["token_ids"] == ours["token_ids"]
     assert newer["metrics"]["verifier_nfe"] == older["metrics"]["verifier_nfe"] == 8
     outputs(*words, "--algorithm", "threshold_verifier")
+    for name, more, said in (
+        ("cascade", (), "verify_mode ordered. Allowed: visible or leave_out"),
+        ("llada", ("--cfg_scale", 1), "cfg_scale. Allowed: 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main_run([*words, "--algorithm", name, *map(str, more)])
+    outputs(*words, "--algorithm", "cascade", "--verify_mode", "leave_out")
     Path("two.txt").write_text("one\ntwo words\n")
     with pytest.raises(UserError, match="older form"):
         outputs(*words[:-2], "--prompt_file", "two.txt", "--batch_size", 2, "--algorithm", "my_older_algorithm")
