@@ -82,6 +82,7 @@ def start(
     options = options.replace(**ends(options, verifier, stops))
     ids = [list(p) if not isinstance(p, str) else verifier.prompt_ids(p) for p in prompts]
     length = region.max_new_tokens
+    check_room_for(ids, length, verifier, drafter)
     sampled = getattr(getattr(options, "sampling", None), "temperature", 0.0) >= GREEDY_BELOW
     shuffled = getattr(options.unmask, "remasking", "") == "random"
     most = (getattr(options.unmask, "steps", None) or length) + length
@@ -102,6 +103,21 @@ def start(
         on_block=call.on_block,
     )
     return {"texts": Texts(ids, ask), "options": options}
+
+
+def check_room_for(prompts: Sequence[Sequence[int]], gen_length: int, *brokers: ModelBroker) -> None:
+    """Raise `UserError` for a prompt without tokens, and for one that leaves no room for its region among the positions of a model."""
+    for broker in brokers:
+        config = getattr(broker.model_state["model"], "config", None)
+        most = getattr(config, "max_position_embeddings", None)
+        for k, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UserError(f"prompt {k} is empty. Allowed: at least one token")
+            if isinstance(most, int) and len(prompt) + gen_length > most:
+                raise UserError(
+                    f"prompt {k} has {len(prompt)} tokens and gen_length is {gen_length}. Allowed together: {most}, "
+                    f"the positions of {broker.name!r}"
+                )
 
 
 def special_ids(broker: ModelBroker, region: Any) -> tuple[int, tuple[int, ...]]:

@@ -195,6 +195,7 @@ def test_what_nobody_takes_is_told(go, capsys):
         (["--prompt", "a", "--batch_size", "x"], "batch_size is 'x'"),
         (["--prompt", PROMPT, "--tokenizer_max_len", "5"], "--truncate_prompt keeps its beginning"),
         (["--prompt", "a", "--accept", "exat"], "did you mean exact"),
+        (["--prompt", "a", "--gen_length", "2048"], "Allowed together: 2048, the positions of 'tiny_verifier'"),
         (
             ["--prompt", "a", "--drafter", "sdar_tiny", "--verifier", "sdar_tiny", "--algorithm", "verify_exact"],
             "block by block",
