@@ -39,7 +39,7 @@ def load_family_model(
     length = (
         block_length or getattr(config, "block_size", None) or getattr(config, "bd_size", None) or found.block_length
     )
-    network = Network(model, length, from_prompt=family == "D2F", leave_out=True, next_token=family == "Fast-dLLM-v2")
+    network = Network(model, length, from_prompt=family == "D2F", next_token=family == "Fast-dLLM-v2")
     return {"model": model, "tokenizer": tokenizer, "network": network, **template(tokenizer, chat)}
 
 

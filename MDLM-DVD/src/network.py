@@ -25,13 +25,12 @@ WIDTH_STEP = 32  # passes are this multiple wide, so that few graphs serve all p
 
 @dataclass
 class Network:
-    """``model`` is a `shared.network.decoder.DecoderModel`. ``leave_out``: a token of it sees itself, so that it is asked about drafts that
-    it does not see, unless told otherwise. ``next_token``: row ``t`` of its logits predicts token ``t + 1``, where the model does not say so itself."""
+    """``model`` is a `shared.network.decoder.DecoderModel`. ``next_token``: row ``t`` of its logits predicts token ``t + 1``, where the model does not say
+    so itself."""
 
     model: Any
     block_length: int | None = None
     from_prompt: bool = True
-    leave_out: bool = False
     next_token: bool = False
     runtime: Runtime = field(default_factory=Runtime)
     engine: Engine | None = None
