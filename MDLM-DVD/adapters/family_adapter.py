@@ -22,10 +22,10 @@ def load_family_model(
     dtype: str = "auto",
     chat: str | bool = "auto",
     adapter: str | None = None,
-    block_length: int | None = None,
+    attention_block: int | None = None,
 ) -> dict[str, Any]:
-    """``model_id``: a checkpoint of ``family``, or the name of one that it ships. ``adapter``: weights laid on it (D2F). ``block_length``: by default the
-    checkpoint's, or the family's."""
+    """``model_id``: a checkpoint of ``family``, or the name of one that it ships. ``adapter``: weights laid on it (D2F). ``attention_block``: tokens that see
+    each other both ways; by default the checkpoint's, or the family's."""
     from shared.family import family_named
     from shared.network.loading import load_tokenizer
     from shared.scripts.models import checkpoints_of, load_models
@@ -37,7 +37,7 @@ def load_family_model(
     tokenizer = load_tokenizer(checkpoints[found.first])
     config = model.config
     length = (
-        block_length or getattr(config, "block_size", None) or getattr(config, "bd_size", None) or found.block_length
+        attention_block or getattr(config, "block_size", None) or getattr(config, "bd_size", None) or found.block_length
     )
     network = Network(model, length, from_prompt=family == "D2F", next_token=family == "Fast-dLLM-v2")
     return {"model": model, "tokenizer": tokenizer, "network": network, **template(tokenizer, chat)}
