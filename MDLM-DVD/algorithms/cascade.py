@@ -79,7 +79,7 @@ def propose(drafter, texts: Texts, options: CascadeOptions, schedule: Schedule) 
 
 def unfinished(texts: Texts, region: Tensor, rows: Sequence[int]) -> list[int]:
     """Which of ``rows`` have a mask before the first stop token of their ``region [b, G]``. One host read."""
-    stops = torch.isin(region, torch.tensor(texts.ask.stop_ids, dtype=region.dtype, device=region.device))
+    stops = torch.isin(region, texts.stops)
     before_stop = stops.cumsum(-1) == 0
     left = ((region == texts.mask_id) & before_stop).any(-1).tolist()
     return [k for k in rows if left[k]]

@@ -70,7 +70,7 @@ class Texts:
         self.batch: dict[str, dict[str, Spent]] = {}
         text_of = ask.tokenizer and (lambda ids: ask.tokenizer.decode(ids, skip_special_tokens=True))
         self.text_of, self.strings = text_of, StopStrings(ask.stop, text_of)
-        self._stops = torch.tensor(sorted(ask.stop_ids), dtype=torch.long, device=ask.device)
+        self.stops = torch.tensor(sorted(ask.stop_ids), dtype=torch.long, device=ask.device)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -152,7 +152,7 @@ class Texts:
         """How many tokens from the left on are decided in each of ``rows``, up to its first stop token, and is there one among them?"""
         region = self.region(rows)
         masked = torch.nn.functional.pad(region == self.mask_id, (0, 1), value=True).int().argmax(-1)
-        stops = torch.zeros_like(region, dtype=torch.bool) if self.ask.whole else torch.isin(region, self._stops)
+        stops = torch.zeros_like(region, dtype=torch.bool) if self.ask.whole else torch.isin(region, self.stops)
         stop = torch.nn.functional.pad(stops, (0, 1), value=True).int().argmax(-1)
         counts = torch.stack([masked, stop]).tolist()
         ended = [s < m for m, s in zip(*counts, strict=True)]

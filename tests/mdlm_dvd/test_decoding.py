@@ -258,6 +258,7 @@ def test_bad_input_is_refused():
         (lambda: run("llada", [[]]), "is empty"),
         (lambda: run("llada", [[1] * 120]), "120 tokens"),
         (lambda: run("cascade", prompts(1), accept="exat"), "exact"),
+        (lambda: run("topk_sets", prompts(1), accept="threshold"), "accept is 'threshold'"),
         (lambda: run("verify_exact", prompts(1), confidence_threshold=0.5), "confidence_threshold is 0.5"),
         (lambda: run("verify_exact", prompts(1), remasking="random"), "remasking is random"),
     ]
